@@ -1,0 +1,53 @@
+"""One Repo over hundreds or thousands of PostgreSQL databases."""
+
+from .config import Config
+from .database import DEFAULT, Choice, Database
+from .errors import (
+    AuthenticationError,
+    CheckoutTimeoutError,
+    ConfigError,
+    ConnectError,
+    NoDatabaseError,
+    NotInTransactionError,
+    RepoDisposedError,
+    ServerFullError,
+    ServerUnavailableError,
+    ShardRepoError,
+    StaleError,
+    TransactionDoomedError,
+    TransactionOwnerError,
+    UnknownDatabaseError,
+    WrongDatabaseError,
+)
+from .repo import Repo
+from .session import RoutedSession
+from .stats import Stats
+from .verbs import BulkResult
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT",
+    "AuthenticationError",
+    "BulkResult",
+    "CheckoutTimeoutError",
+    "Choice",
+    "Config",
+    "ConfigError",
+    "ConnectError",
+    "Database",
+    "NoDatabaseError",
+    "NotInTransactionError",
+    "Repo",
+    "RepoDisposedError",
+    "RoutedSession",
+    "ServerFullError",
+    "ServerUnavailableError",
+    "ShardRepoError",
+    "StaleError",
+    "Stats",
+    "TransactionDoomedError",
+    "TransactionOwnerError",
+    "UnknownDatabaseError",
+    "WrongDatabaseError",
+]

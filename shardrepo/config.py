@@ -1,0 +1,178 @@
+"""A repo's configuration: validated once, frozen afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Final, TypeAlias
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from .database import ADDRESS_PARAMETERS, Choice, Database, Options, checked, database_from, options_of_url
+from .errors import ConfigError, NoDatabaseError, unknown
+
+ConfigSource: TypeAlias = "str | URL | Mapping[str, Any] | Callable[[], str | URL | Mapping[str, Any]]"
+
+_ADDRESS: Final = frozenset(Options.__annotations__)
+
+# Settings of the driver that the cache itself decides on.
+_OWN_CONNECT_ARGS: Final = ADDRESS_PARAMETERS | {"connect_timeout", "application_name", "autocommit", "conninfo"}
+
+# Arguments of create_engine that would put another pool, driver or dialect behind the cache's back.
+_OWN_ENGINE_OPTIONS: Final = frozenset(
+    """connect_args creator async_creator_fn pool poolclass pool_size max_overflow pool_timeout pool_recycle
+    pool_pre_ping pool_reset_on_return pool_use_lifo module dialect url strategy use_native_hstore
+    query_cache_size skip_autocommit_rollback isolation_level shared""".split()
+)
+
+_EMPTY: Final[Mapping[str, Any]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The validated settings of a repo.
+
+    Attributes:
+        address: The options of the default database that the config gives, without what it leaves open.
+        pool_size: The target: how many connections the process keeps, over all databases.
+        connect_timeout: Seconds that opening a connection may take in all, name resolution excepted.
+        require_database: Whether a verb needs a chosen database, the default being no fallback.
+        application_name: How the connections name themselves to the server.
+        connect_args: Further libpq parameters, and psycopg's ``prepare_threshold``.
+        engine_options: Arguments for ``create_engine``, those of the pool excepted.
+    """
+
+    address: Mapping[str, Any] = field(repr=False)
+    pool_size: int = 20
+    connect_timeout: float = 5.0
+    require_database: bool = False
+    application_name: str = "shardrepo"
+    connect_args: Mapping[str, Any] = field(default=_EMPTY, repr=False)
+    engine_options: Mapping[str, Any] = _EMPTY
+
+    @classmethod
+    def of(cls, source: ConfigSource) -> Config:
+        """Validate *source*; a callable is called.
+
+        Raises:
+            ConfigError: A setting is unknown (with the one probably meant), contradicts another or
+                has an impossible value.
+        """
+        given = source() if callable(source) else source
+        settings = dict(given) if isinstance(given, Mapping) else {"url": given}
+        address = _address_of(settings)
+        for name in settings:
+            if name not in _SETTINGS:
+                raise ConfigError(unknown("setting", str(name), [*_SETTINGS, *_ADDRESS, "url", "drivername"]))
+        return cls(address=address, **{name: _SETTINGS[name](value) for name, value in settings.items()})
+
+    def locate(self, choice: Choice | None) -> Database:
+        """Merge *choice* into the default options. Pure: no I/O, the same choice is always the same database.
+
+        Raises:
+            NoDatabaseError: Nothing is chosen, and the default names no database or may not be used.
+            ConfigError: The merged options have no host.
+        """
+        if choice is None and self.require_database:
+            raise NoDatabaseError(
+                "no database is chosen and this repo requires one (require_database=True): "
+                "call set_database(...) first, or use `with repo.using(...)`"
+            )
+        if choice is not None and choice.database is not None:
+            return choice.database
+        options = {**self.address, **dict(choice.options)} if choice is not None else self.address
+        if "database" not in options:
+            raise NoDatabaseError(
+                "no database is chosen and the config names no default one: call set_database(...) first, "
+                "or add a database to the config"
+            )
+        if "host" not in options:
+            raise ConfigError(
+                f"database {options['database']!r} has no host: add one to the config, a name, an address or "
+                "the folder of a socket (nothing is taken from PGHOST, so that a row's place is never ambiguous)"
+            )
+        return database_from(options)
+
+
+def _address_of(settings: dict[str, Any]) -> Mapping[str, Any]:
+    """Take the address out of *settings*: a URL, single options, or both where they agree."""
+    options = _options_of(settings.pop("url", None))
+    if (driver := settings.pop("drivername", None)) is not None:
+        options_of_url(URL.create(_checked_text("drivername", driver)))
+    given = {name: settings.pop(name) for name in list(settings) if name in _ADDRESS}
+    for name, value in checked(given) if given else ():
+        if options.get(name, value) != value:
+            shown = "two different passwords" if name == "password" else f"{options[name]!r} and {value!r}"
+            raise ConfigError(f"the config contradicts itself on {name}: its url and its own key say {shown}")
+        options[name] = value
+    return MappingProxyType(options)
+
+
+def _options_of(url: object) -> dict[str, Any]:
+    if url is None:
+        return {}
+    if not isinstance(url, str | URL):
+        raise ConfigError(f"a config is a URL, a mapping or a callable that returns one, not {type(url).__name__}")
+    try:
+        return options_of_url(make_url(url))
+    except ArgumentError:
+        # The text is not repeated: what cannot be parsed may hold a password anywhere.
+        raise ConfigError("the config's url cannot be parsed: write postgresql+psycopg://user@host/name") from None
+
+
+def _checked_text(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} must be a non-empty string, not {value!r}")
+    return value
+
+
+def _checked_pool_size(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"pool_size must be an integer, not {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ConfigError(f"pool_size={value} keeps no connection: give the number to keep over all databases")
+    return value
+
+
+def _checked_timeout(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ConfigError(f"connect_timeout must be a number of seconds, not {type(value).__name__} {value!r}")
+    if not 0 < value < math.inf:
+        raise ConfigError(f"connect_timeout={value} cannot be kept: give a positive number of seconds")
+    return float(value)
+
+
+def _checked_flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"require_database must be True or False, not {value!r}")
+    return value
+
+
+def _checked_mapping(name: str, refused: frozenset[str], remedy: str) -> Callable[[object], Mapping[str, Any]]:
+    def check(value: object) -> Mapping[str, Any]:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must be a mapping, not {type(value).__name__}")
+        for key in value:
+            if key in refused:
+                raise ConfigError(f"{name} must not contain {key!r}: {remedy}")
+        return MappingProxyType(dict(value))
+
+    return check
+
+
+_SETTINGS: Final[Mapping[str, Callable[[object], Any]]] = {
+    "pool_size": _checked_pool_size,
+    "connect_timeout": _checked_timeout,
+    "require_database": _checked_flag,
+    "application_name": lambda value: _checked_text("application_name", value),
+    "connect_args": _checked_mapping(
+        "connect_args", _OWN_CONNECT_ARGS, "the config's own settings say where and how to connect"
+    ),
+    "engine_options": _checked_mapping(
+        "engine_options", _OWN_ENGINE_OPTIONS, "connections are the cache's; see pool_size and connect_args"
+    ),
+}
+assert set(_SETTINGS) == {f.name for f in fields(Config)} - {"address"}

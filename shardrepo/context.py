@@ -1,0 +1,307 @@
+"""What belongs to the running thread or task: the choice of a database and the open transactions.
+
+Both live in `ContextVar`s, one pair per repo with a config of its own. A choice is inherited by tasks; a
+transaction is seen by them too, but only its owner may use it, so that a child's statement ends in an
+error instead of in somebody else's transaction, or outside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import wraps
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+from typing import Any, Final, ParamSpec, TypeVar
+
+from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Transaction as SQLTransaction
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
+
+from .database import Choice, Database
+from .errors import TransactionDoomedError, TransactionOwnerError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+logger: Final = logging.getLogger("shardrepo")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """The choice of a context, and the `using` block that it stands in."""
+
+    choice: Choice | None = None
+    block: Block | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """One `using` block: what was selected where it was entered."""
+
+    outer: Selection
+
+    def encloses(self, selection: Selection) -> bool:
+        """Whether *selection* was made inside this block, however deep."""
+        block = selection.block
+        while block is not None and block is not self:
+            block = block.outer.block
+        return block is self
+
+
+class Owner:
+    """The thread or task, and the process, that something belongs to."""
+
+    __slots__ = ("pid", "task", "thread")
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.thread = threading.current_thread()
+        self.task = _current_task()
+
+    @property
+    def is_this_process(self) -> bool:
+        return self.pid == os.getpid()
+
+    @property
+    def is_current(self) -> bool:
+        return self.is_this_process and self.thread is threading.current_thread() and self.task is _current_task()
+
+
+class Level:
+    """A transaction, or a savepoint in it: SQLAlchemy's handle, and the first error that broke it."""
+
+    __slots__ = ("cause", "handle")
+
+    def __init__(self, handle: SQLTransaction) -> None:
+        self.handle = handle
+        self.cause: BaseException | None = None
+
+
+class Transaction:
+    """An open transaction: its connection, its owner, and the first error that doomed it, if any.
+
+    Attributes:
+        database: The database that the transaction runs on.
+        connection: The connection that it holds.
+        owner: Who opened it, and alone may use it.
+        outer: The transaction, on another database, that this one was opened in.
+    """
+
+    __slots__ = ("_levels", "connection", "database", "outer", "owner")
+
+    def __init__(self, database: Database, connection: Connection, outer: Transaction | None) -> None:
+        self.database = database
+        self.connection = connection
+        self.outer = outer
+        self.owner = Owner()
+        self._levels = [Level(connection.begin())]
+
+    def __repr__(self) -> str:
+        return f"<Transaction on {self.database.home}>"
+
+    def check_usable(self) -> None:
+        """Raise unless the caller owns this transaction and nothing has failed in it."""
+        if not self.owner.is_current:
+            raise TransactionOwnerError(
+                f"the transaction on {self.database.home} belongs to the thread, task or process that opened "
+                "it, and this is another one: use `with repo.detached():` here for an independent unit of work",
+                home=self.database.home,
+            )
+        for level in self._levels:
+            if level.cause is None and not level.handle.is_active:
+                level.cause = PendingRollbackError("a session that had joined the transaction rolled it back")
+            if level.cause is not None:
+                raise self._doomed(level.cause)
+
+    def doom(self, cause: BaseException) -> None:
+        """Remember that *cause* broke the innermost level; the first one stays."""
+        level = self._levels[-1]
+        level.cause = level.cause or cause
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Run a verb: a database error in it dooms the innermost level, and so does a flush that failed."""
+        self.check_usable()
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, DBAPIError) or not self._levels[-1].handle.is_active:
+                self.doom(error)
+            raise
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Run a nested block as part of this transaction: whatever it raises dooms it all."""
+        self.check_usable()
+        with self._dooming():
+            yield
+        self.check_usable()
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Run a block whose failure undoes the block alone."""
+        self.check_usable()
+        with self.watch():
+            level = Level(self.connection.begin_nested())
+        self._levels.append(level)
+        try:
+            yield
+            self.check_usable()
+        except BaseException:
+            self._levels.pop()
+            with self._dooming():
+                _roll_back(level.handle)
+            raise
+        self._levels.pop()
+        with self._dooming():
+            level.handle.commit()
+
+    def commit(self) -> None:
+        """Commit, unless something failed: then `TransactionDoomedError`, and nothing is kept."""
+        self.check_usable()
+        self._levels[0].handle.commit()
+
+    def rollback(self) -> None:
+        """Roll back. In a forked child nothing is sent: the transaction is its parent's."""
+        _roll_back(self._levels[0].handle)
+
+    @contextmanager
+    def _dooming(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.doom(error)
+            raise
+
+    def _doomed(self, cause: BaseException) -> TransactionDoomedError:
+        error = TransactionDoomedError(
+            f"the transaction on {self.database.home} is doomed: an earlier statement failed with "
+            f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}. Nothing of it can be kept: leave the block, or put what may "
+            "fail into `with repo.savepoint():`",
+            home=self.database.home,
+            cause=cause,
+        )
+        error.__cause__ = cause
+        return error
+
+
+def _roll_back(handle: SQLTransaction) -> None:
+    # A session that failed in it may have ended it already, which SQLAlchemy warns about.
+    if handle.is_active:
+        handle.rollback()
+
+
+class Context:
+    """The choice and the transactions of whoever is running, for one repo."""
+
+    def __init__(self, name: str) -> None:
+        self._selection: ContextVar[Selection] = ContextVar(f"{name} choice", default=Selection())
+        self._transaction: ContextVar[Transaction | None] = ContextVar(f"{name} transaction", default=None)
+
+    @property
+    def choice(self) -> Choice | None:
+        """What is chosen; None when nothing is."""
+        return self._selection.get().choice
+
+    def choose(self, choice: Choice | None) -> Choice | None:
+        """Choose for what this thread or task does from now on; returns what was chosen before."""
+        before = self._selection.get()
+        self._selection.set(replace(before, choice=choice))
+        return before.choice
+
+    @contextmanager
+    def using(self, choice: Choice | None) -> Iterator[None]:
+        """Choose for the block. On every way out, what was chosen before it is chosen again, by value.
+
+        Never raises when it is left in another context than it was entered in, as happens when a web
+        framework runs both halves of a dependency in copies of a context: there is nothing to restore
+        there, and the choice never reached the code in between, which is logged as an error.
+        """
+        before = self._selection.get()
+        block = Block(before)
+        self._selection.set(Selection(choice, block))
+        try:
+            yield
+        finally:
+            if block.encloses(self._selection.get()):
+                self._selection.set(before)
+            else:
+                logger.error(
+                    "a using(%r) block was left in another context than it was entered in: what ran in "
+                    "between may not have seen its choice. Choose in a middleware around the handler instead",
+                    choice,
+                )
+
+    @property
+    def has_transactions(self) -> bool:
+        """Whether any transaction is open here, on whatever database, whoever owns it."""
+        return self._transaction.get() is not None
+
+    def transaction(self, database: Database) -> Transaction | None:
+        """The innermost open transaction on *database*, whoever owns it."""
+        transaction = self._transaction.get()
+        while transaction is not None and transaction.database.key != database.key:
+            transaction = transaction.outer
+        return transaction
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """Leave the open transactions alone for the block: what runs in it is on its own."""
+        transaction = self._transaction.get()
+        self._transaction.set(None)
+        try:
+            yield
+        finally:
+            if self._transaction.get() is None:
+                self._transaction.set(transaction)
+
+    @contextmanager
+    def entered(self, database: Database, connection: Connection) -> Iterator[Transaction]:
+        """Make a transaction on *connection* the current one for the block."""
+        outer = self._transaction.get()
+        transaction = Transaction(database, connection, outer)
+        self._transaction.set(transaction)
+        try:
+            yield transaction
+        finally:
+            if self._transaction.get() is transaction:
+                self._transaction.set(outer)
+
+    def carry(self, function: Callable[P, T]) -> Callable[P, T]:
+        """Wrap *function* so that it runs with this context's choice in whatever thread calls it."""
+        if iscoroutinefunction(function) or isgeneratorfunction(function) or isasyncgenfunction(function):
+            raise TypeError(
+                f"carry() takes a plain function, and {function!r} runs after it has returned: "
+                "use `with repo.using(...)` inside it"
+            )
+        selection, transaction = self._selection.get(), self._transaction.get()
+
+        @wraps(function)
+        def carried(*args: P.args, **kwargs: P.kwargs) -> T:
+            before, outer = self._selection.get(), self._transaction.get()
+            self._selection.set(selection)
+            self._transaction.set(transaction)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._selection.set(before)
+                self._transaction.set(outer)
+
+        return carried
+
+
+def _current_task() -> Any:
+    # A process that has not imported asyncio runs no task: do not import it for the answer.
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is None:
+        return None
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        return None

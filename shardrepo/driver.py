@@ -1,0 +1,249 @@
+"""Opening a connection with psycopg: under one deadline, and with a reason when it fails.
+
+Leans on three things that psycopg does not document, each tested in ``tests/test_private_api.py``: a
+`psycopg.Connection` can be made from a `psycopg.pq.PGconn`; it takes its adapters from ``_adapters``; and
+every exchange with the server goes through its method ``wait``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Final
+
+import psycopg
+from psycopg import pq
+from psycopg.abc import AdaptContext
+from psycopg.adapt import AdaptersMap
+from psycopg.conninfo import make_conninfo
+
+from .database import Database
+from .errors import (
+    AuthenticationError,
+    ConfigError,
+    ConnectError,
+    ServerFullError,
+    ServerUnavailableError,
+    UnknownDatabaseError,
+    WrongDatabaseError,
+)
+
+_BAD: Final = pq.ConnStatus.BAD
+_STARTED: Final = pq.ConnStatus.STARTED
+_OK: Final = pq.PollingStatus.OK
+_FAILED: Final = pq.PollingStatus.FAILED
+_EVENTS: Final = {
+    pq.PollingStatus.READING: selectors.EVENT_READ,
+    pq.PollingStatus.WRITING: selectors.EVENT_WRITE,
+}
+
+# The server's answer in libpq's trace: B <length> ErrorResponse S "FATAL" V "FATAL" C "28P01" M …
+_SQLSTATE: Final = re.compile(rb'\tErrorResponse\t.*? C "([0-9A-Z]{5})"')
+
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_ERROR_OF: Final[Mapping[str, tuple[type[ConnectError], str]]] = {
+    "28000": (AuthenticationError, "the server refused the user: check username and pg_hba.conf"),
+    "28P01": (AuthenticationError, "the server refused the password: check username and password"),
+    "3D000": (UnknownDatabaseError, "the server has no such database: create it, or choose another"),
+    "53300": (ServerFullError, "the server has no connection left: lower pool_size, or raise max_connections"),
+    "57P01": (ServerUnavailableError, "the server is shutting down: try again later"),
+    "57P02": (ServerUnavailableError, "the server has crashed and is recovering: try again later"),
+    "57P03": (ServerUnavailableError, "the server is starting up or shutting down: try again later"),
+}
+
+
+class DriverConnection(psycopg.Connection[Any]):
+    """A psycopg connection that knows whether it was used, and whose it is.
+
+    In a forked child, whose copy shares the parent's socket, nothing is sent and nothing is closed.
+    """
+
+    def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(pgconn, *args, **kwargs)
+        self.used = False
+        self._pid = os.getpid()
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        if self._pid != os.getpid():
+            raise psycopg.OperationalError("this connection belongs to the parent process, which opened it")
+        self.used = True
+        return super().wait(*args, **kwargs)
+
+    def rollback(self) -> None:
+        if self._pid == os.getpid():
+            super().rollback()
+
+    def close(self) -> None:
+        if self._pid == os.getpid():
+            super().close()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where to connect, and how: what one database's engine passes to every connect."""
+
+    database: Database
+    timeout: float
+    application_name: str
+    connect_args: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """One try at connecting: libpq's connection, and what has become of it."""
+
+    pgconn: pq.abc.PGconn
+    reached: bool = False
+    timed_out: bool = False
+    sqlstate: str | None = None
+
+    @property
+    def succeeded(self) -> bool:
+        return self.pgconn.status == pq.ConnStatus.OK and not self.timed_out
+
+
+def connect(target: Target, context: AdaptContext | None) -> DriverConnection:
+    """Open a connection to the target's database, or fail within its timeout.
+
+    The timeout covers everything but libpq's look-up of a host name, which it does not let go of.
+
+    Raises:
+        ConnectError: One of its subclasses where the cause can be told.
+        WrongDatabaseError: The connection leads to another database than the one that was named.
+        ConfigError: libpq knows no such connection parameter.
+    """
+    attempt = _try(target)
+    if not attempt.succeeded:
+        raise _error_of(attempt, target)
+    attempt.pgconn.nonblocking = 1
+    connection = DriverConnection(attempt.pgconn)
+    if context is not None:
+        connection._adapters = AdaptersMap(context.adapters)
+    if "prepare_threshold" in target.connect_args:
+        connection.prepare_threshold = target.connect_args["prepare_threshold"]
+    _check_address(connection, target.database)
+    return connection
+
+
+def _try(target: Target) -> _Attempt:
+    """Run libpq's connect under the deadline. Holds no secret in a local variable while it waits."""
+    deadline = monotonic() + target.timeout
+    attempt = _Attempt(pq.PGconn.connect_start(_conninfo(target)))
+    with _Trace(attempt.pgconn) as trace:
+        while attempt.pgconn.status != _BAD:
+            polled = attempt.pgconn.connect_poll()
+            if polled in (_OK, _FAILED):
+                break
+            attempt.reached = attempt.reached or attempt.pgconn.status != _STARTED
+            if not _ready(attempt.pgconn.socket, _EVENTS[polled], deadline):
+                attempt.timed_out = True
+                break
+        if not attempt.succeeded:
+            attempt.sqlstate = trace.sqlstate()
+    return attempt
+
+
+def _ready(socket: int, event: int, deadline: float) -> bool:
+    """Wait for the socket; False when the deadline comes first."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(socket, event)
+        while (left := deadline - monotonic()) > 0:
+            if selector.select(left):
+                return True
+    return False
+
+
+def _conninfo(target: Target) -> bytes:
+    database = target.database
+    password = database.password() if callable(database.password) else database.password
+    if password is not None and (not isinstance(password, str) or "\0" in password):
+        raise ConfigError(f"the password callable of {database.home} must return a string without NUL characters")
+    parameters = {name: value for name, value in target.connect_args.items() if name != "prepare_threshold"}
+    try:
+        return make_conninfo(
+            host=database.host,
+            # An empty one keeps PGHOSTADDR and service files from leading elsewhere.
+            hostaddr="",
+            port=database.port,
+            dbname=database.name,
+            user=database.username,
+            password=password,
+            application_name=target.application_name,
+            **dict(database.query),
+            **parameters,
+        ).encode()
+    except psycopg.ProgrammingError as error:
+        raise ConfigError(f"cannot connect to {database.home}: {str(error).strip()}; see connect_args") from None
+
+
+class _Trace:
+    """libpq's trace of one connect, kept in memory: the only place that has the server's SQLSTATE.
+
+    libpq writes it on Linux only; elsewhere there is none and the cause of a failure stays untold.
+    """
+
+    __slots__ = ("_file", "_pgconn")
+
+    def __init__(self, pgconn: pq.abc.PGconn) -> None:
+        self._pgconn = pgconn
+        self._file: int | None = None
+
+    def __enter__(self) -> _Trace:
+        if hasattr(os, "memfd_create"):
+            self._file = os.memfd_create("shardrepo-connect")
+            self._pgconn.trace(self._file)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._file is not None:
+            self._pgconn.untrace()
+            os.close(self._file)
+            self._file = None
+
+    def sqlstate(self) -> str | None:
+        if self._file is None:
+            return None
+        self._pgconn.untrace()  # which also flushes what was written
+        found = _SQLSTATE.search(os.pread(self._file, 1 << 20, 0))
+        return found[1].decode() if found else None
+
+
+def _error_of(attempt: _Attempt, target: Target) -> ConnectError:
+    """Tell why an attempt failed, and end it."""
+    text = attempt.pgconn.error_message.decode(errors="replace").strip()
+    refused = attempt.pgconn.needs_password
+    attempt.pgconn.finish()
+    home = target.database.home
+    if attempt.timed_out:
+        text = f"no answer within connect_timeout={target.timeout} s"
+    kind, remedy = ConnectError, "see the driver's message"
+    if attempt.sqlstate is not None:
+        kind, remedy = _ERROR_OF.get(attempt.sqlstate, (kind, remedy))
+    elif refused:
+        kind, remedy = AuthenticationError, "the server wants a password: add one to the config"
+    elif attempt.timed_out or not attempt.reached:
+        kind, remedy = ServerUnavailableError, "check host and port, and that the server runs"
+    return kind(
+        f"cannot connect to {home}: {text} ({remedy})",
+        database=target.database,
+        sqlstate=attempt.sqlstate,
+        orig=psycopg.OperationalError(text),
+    )
+
+
+def _check_address(connection: DriverConnection, database: Database) -> None:
+    """Make sure that libpq went where it was sent, whatever the name, the environment or a file said."""
+    pgconn = connection.pgconn
+    found = (pgconn.host.decode(), int(pgconn.port), pgconn.db.decode())
+    if found != (database.host, database.port, database.name):
+        connection.close()
+        host, port, name = found
+        raise WrongDatabaseError(
+            f"asked for {database.home}, libpq connected to {host}:{port}/{name}: nothing was sent to it",
+            expected=database.home,
+            found=f"{host}:{port}/{name}",
+        )

@@ -1,0 +1,203 @@
+"""Database → Engine: the cache of connections, and the thin engines over it.
+
+The engines of one server share one dialect and one cache of compiled SQL. A dialect of its own would cost
+each database nine round trips at its first connect and 25 compilations, and past some 100 of them every
+flush would miss the mappers' caches for ever (SQLAlchemy keys both by dialect).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping, MutableMapping
+from contextlib import contextmanager
+from typing import Any, Final, Self
+
+from sqlalchemy import create_engine
+from sqlalchemy.dialects import registry
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.util import LRUCache
+
+from .config import Config
+from .database import Database
+from .driver import DriverConnection, Target, connect
+from .errors import ServerUnavailableError
+from .ledger import Kind, Ledger
+from .pool import Books, LedgerPool, close, perform
+from .stats import Stats
+
+# An engine without connections costs about 10 KiB and 0.1 ms to make again.
+MAX_ENGINES: Final = 256
+
+# Statements kept compiled per server; SQLAlchemy's own default per engine is 500.
+MAX_COMPILED: Final = 1000
+
+
+class SharedDialect(PGDialect_psycopg):
+    """psycopg's dialect, one instance for all engines of a server.
+
+    `create_engine` always makes a dialect; given *shared*, the class returns that one instead. It opens
+    connections under the cache's own deadline, and takes no type's OID from one database into another.
+    """
+
+    driver = "psycopg"
+    supports_statement_cache = True
+
+    def __new__(cls, shared: SharedDialect | None = None, **kwargs: Any) -> Self:
+        return shared if isinstance(shared, cls) else super().__new__(cls)
+
+    def __init__(self, shared: SharedDialect | None = None, **kwargs: Any) -> None:
+        if shared is None:
+            super().__init__(use_native_hstore=False, skip_autocommit_rollback=True, **kwargs)
+            self.compiled: MutableMapping[Any, Any] = LRUCache(MAX_COMPILED)
+            self.server_version: int | None = None
+            self.outdated = False
+
+    def create_connect_args(self, url: Any) -> Any:
+        arguments = super().create_connect_args(url)[1]
+        return (), {"context": arguments.get("context")}
+
+    def connect(self, *args: Any, target: Target, context: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        connection = connect(target, context)
+        version = connection.info.server_version
+        if self.server_version not in (None, version):
+            connection.close()
+            self.outdated = True
+            raise ServerUnavailableError(
+                f"{target.database.server} went from version {self.server_version} to {version} while it was in "
+                "use: try again, the next call starts anew with it",
+                database=target.database,
+            )
+        return connection
+
+    def initialize(self, connection: Connection) -> None:
+        # Asks the server five times; two first connections at once may both do it, to the same effect.
+        if self.server_version is None:
+            super().initialize(connection)
+            driver_connection = connection.connection.driver_connection
+            assert isinstance(driver_connection, DriverConnection)
+            self.server_version = driver_connection.info.server_version
+
+    def reset_isolation_level(self, dbapi_connection: Any) -> None:
+        # To the database's own default, which may differ from the one that the first database had.
+        dbapi_connection.autocommit = False
+        dbapi_connection.isolation_level = None
+
+
+registry.register("postgresql.shardrepo", __name__, "SharedDialect")
+
+
+class ConnectionCache:
+    """The connections of one repo, and an engine for each database that they go to.
+
+    Thread-safe. Opens nothing by itself; idle connections are closed when it is disposed or collected.
+    A forked child starts with an empty one and leaves the parent's sockets alone.
+    """
+
+    def __init__(self, config: Config, max_connections: int | None = None, checkout_timeout: float = 30.0) -> None:
+        self.config = config
+        self.ledger: Books = Ledger(config.pool_size, max_connections)
+        self._checkout_timeout = checkout_timeout
+        self._start_empty()
+        weakref.finalize(self, _close_idle, self.ledger, os.getpid())
+        _caches.add(self)
+
+    def _start_empty(self) -> None:
+        # Guards the three mappings below; no I/O happens under it.
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[object, Engine] = OrderedDict()
+        # An engine that somebody holds, or that has a connection, is found here after it left the LRU.
+        self._alive: weakref.WeakValueDictionary[object, Engine] = weakref.WeakValueDictionary()
+        self._dialects: dict[str, SharedDialect] = {}
+
+    def engine(self, database: Database) -> Engine:
+        """The engine of *database*: the same object as long as anybody holds it. Does no I/O."""
+        key = database.key
+        with self._lock:
+            engine = self._recent.get(key) or self._alive.get(key)
+            if engine is None or engine.dialect.outdated:  # type: ignore[attr-defined]  # a SharedDialect
+                engine = self._alive[key] = self._build(database, Kind.KEPT)
+            self._recent[key] = engine
+            self._recent.move_to_end(key)
+            if len(self._recent) > MAX_ENGINES:
+                self._recent.popitem(last=False)
+            return engine
+
+    @contextmanager
+    def transient(self, database: Database) -> Any:
+        """A connection of its own for a question to *database*: outside the target, closed at the end."""
+        with self._lock:
+            engine = self._build(database, Kind.TRANSIENT)
+        with engine.connect() as connection:
+            yield connection
+
+    def disconnect(self, database: Database) -> None:
+        """Close the idle connections to *database* now, those in use when they are returned."""
+        perform(self.ledger, self.ledger.discard(database.key))
+
+    def disconnect_all(self) -> None:
+        """`disconnect`, for every database."""
+        perform(self.ledger, self.ledger.discard())
+
+    def dispose(self) -> None:
+        """Close everything and open nothing any more; what is in use is closed when it is returned."""
+        perform(self.ledger, self.ledger.dispose())
+
+    def stats(self) -> Stats:
+        """A snapshot of the books, after taking over what finalisers have reclaimed."""
+        perform(self.ledger, self.ledger.collect())
+        return self.ledger.stats()
+
+    def after_fork(self) -> None:
+        """Forget the parent's connections without closing them: their sockets are the parent's."""
+        _parents_connections.extend(self.ledger.abandon())
+        _parents_connections.extend(self._recent.values())
+        self._start_empty()
+
+    def _build(self, database: Database, kind: Kind) -> Engine:
+        dialect = self._dialects.get(database.server)
+        if dialect is not None and dialect.outdated:
+            dialect = None
+        config = self.config
+        options: Mapping[str, Any] = config.engine_options
+        target = Target(database, config.connect_timeout, config.application_name, config.connect_args)
+        engine = create_engine(
+            database.url.set(drivername="postgresql+shardrepo"),
+            shared=dialect,
+            connect_args={"target": target},
+            poolclass=LedgerPool,
+            ledger=self.ledger,
+            database=database,
+            kind=kind,
+            checkout_timeout=self._checkout_timeout,
+            query_cache_size=0,
+            **options,
+        )
+        shared = engine.dialect
+        assert isinstance(shared, SharedDialect)
+        self._dialects[database.server] = shared
+        engine.update_execution_options(compiled_cache=shared.compiled)
+        engine.pool.engine = engine  # type: ignore[attr-defined]  # a LedgerPool
+        return engine
+
+
+_caches: Final[weakref.WeakSet[ConnectionCache]] = weakref.WeakSet()
+
+# What a forked child inherited. Kept, because letting go of it would close it.
+_parents_connections: Final[list[object]] = []
+
+
+def _after_fork() -> None:
+    for cache in list(_caches):
+        cache.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _close_idle(ledger: Books, pid: int) -> None:
+    if pid == os.getpid():
+        close(ledger, ledger.discard().close)

@@ -1,0 +1,160 @@
+"""Every error that the library raises, and what each one carries.
+
+Where SQLAlchemy already has the error that callers catch, ours is a subclass of both. The facts of an
+error are attributes; its message says what happened, with the numbers, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import exc as sa_exc
+from sqlalchemy.orm.exc import StaleDataError
+
+if TYPE_CHECKING:
+    from .database import Database
+
+
+class ShardRepoError(Exception):
+    """Root of every error of this library."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are rebuilt from their message by default, which an error with facts of its own
+        # cannot be: carry the facts as they are, so that a worker process can report any of these.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(cls: type[BaseException], args: tuple[Any, ...], facts: dict[str, Any]) -> BaseException:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(facts)
+    return error
+
+
+class ConfigError(ShardRepoError, ValueError):
+    """Config, options or a choice that name nothing, contradict each other, or are misspelt."""
+
+
+class NoDatabaseError(ShardRepoError):
+    """Nothing is chosen and there is no default to use."""
+
+
+class RepoDisposedError(ShardRepoError):
+    """The repo was disposed; it opens no connection any more."""
+
+
+class WrongDatabaseError(ShardRepoError):
+    """An object, a transaction or an answering server belongs to another database.
+
+    Attributes:
+        expected: The home (``server/name``) of the database that was to be used.
+        found: The home that the object, transaction or server has; None if it has none.
+    """
+
+    def __init__(self, message: str, *, expected: str, found: str | None) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.found = found
+
+
+class ConnectError(ShardRepoError, sa_exc.OperationalError):
+    """No connection could be opened; alone when the cause cannot be told.
+
+    Attributes:
+        database: The database that was to be reached, without its password.
+        sqlstate: The server's SQLSTATE, None if it gave none.
+        orig: The driver's error.
+    """
+
+    # SQLAlchemy appends a link for this code to the message; the remedy is in ours.
+    code = None
+
+    def __init__(
+        self, message: str, *, database: Database, sqlstate: str | None = None, orig: BaseException | None = None
+    ) -> None:
+        sa_exc.StatementError.__init__(self, message, None, None, orig)
+        self.connection_invalidated = False
+        self.database = database
+        self.sqlstate = sqlstate
+
+
+class UnknownDatabaseError(ConnectError):
+    """The server says that the database does not exist."""
+
+
+class AuthenticationError(ConnectError):
+    """The server refused the credentials."""
+
+
+class ServerUnavailableError(ConnectError):
+    """The server refused the connection, did not answer in time, or is starting up."""
+
+
+class ServerFullError(ConnectError):
+    """The server has no connection left (SQLSTATE 53300)."""
+
+
+class CheckoutTimeoutError(ShardRepoError, sa_exc.TimeoutError):
+    """A hard bound is reached and no connection came free in time.
+
+    Attributes:
+        database: The database that a connection was wanted for.
+    """
+
+    code = None
+
+    def __init__(self, message: str, *, database: Database) -> None:
+        super().__init__(message)
+        self.database = database
+
+
+class TransactionDoomedError(ShardRepoError):
+    """A statement failed earlier in this transaction, so nothing of it can be kept.
+
+    Attributes:
+        home: The database of the transaction.
+        cause: The first error, which doomed it.
+    """
+
+    def __init__(self, message: str, *, home: str, cause: BaseException) -> None:
+        super().__init__(message)
+        self.home = home
+        self.cause = cause
+
+
+class TransactionOwnerError(ShardRepoError):
+    """A transaction was used by a thread, task or process that did not open it.
+
+    Attributes:
+        home: The database of the transaction.
+    """
+
+    def __init__(self, message: str, *, home: str) -> None:
+        super().__init__(message)
+        self.home = home
+
+
+class NotInTransactionError(ShardRepoError):
+    """What was asked for needs an open transaction."""
+
+
+class StaleError(ShardRepoError, StaleDataError):
+    """The row to be updated or deleted is gone, or was changed by somebody else.
+
+    Attributes:
+        home: The database that was asked.
+    """
+
+    def __init__(self, message: str, *, home: str) -> None:
+        super().__init__(message)
+        self.home = home
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> str:
+    """Say that *given* is no *kind*, and which of the *known* was probably meant."""
+    names = sorted(known)
+    close = get_close_matches(given, names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+    return f"unknown {kind} {given!r}; {hint}"

@@ -1,0 +1,257 @@
+"""From a choice to a session on the right connection: the one seam that every verb goes through.
+
+`Router.resolve` turns a choice into a `Database`, and nothing else does. A verb then runs in a short
+session of its own, on the open transaction's connection if the caller has one on that database, else on
+one from the cache.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
+from time import perf_counter
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+from sqlalchemy import text
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm.exc import StaleDataError
+
+from . import verbs
+from .config import Config, ConfigSource
+from .context import Context, Transaction
+from .database import Choice, Chosen, Database, choose
+from .engines import ConnectionCache
+from .errors import NoDatabaseError, NotInTransactionError, StaleError, WrongDatabaseError
+from .pool import disown, vouch
+from .session import HomeSession, RoutedSession, Snapshot, state_of
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Choices whose database is remembered; making one again takes a few microseconds.
+MAX_RESOLVED: Final = 1024
+
+
+class Router:
+    """What stands behind a repo class: its config, its context and its cache of connections.
+
+    Args:
+        name: How the repo is called in messages.
+        source: The config; a callable is called when a database is first needed.
+    """
+
+    def __init__(self, name: str, source: ConfigSource) -> None:
+        self.context = Context(name)
+        self._source = source
+        # Guards the making of config and cache, which happens once.
+        self._lock = threading.RLock()
+        if not callable(source):
+            self.config  # noqa: B018  # a wrong config fails where it is written
+
+    @cached_property
+    def config(self) -> Config:
+        with self._lock:
+            made: Config | None = self.__dict__.get("config")
+            return made or Config.of(self._source)
+
+    @cached_property
+    def cache(self) -> ConnectionCache:
+        with self._lock:
+            made: ConnectionCache | None = self.__dict__.get("cache")
+            if made is None:
+                made = self.__dict__["cache"] = ConnectionCache(self.config)
+            return made
+
+    @cached_property
+    def resolve(self) -> Callable[[Choice | None], Database]:
+        """Turn a choice into the database it means, the same one every time."""
+        return lru_cache(maxsize=MAX_RESOLVED)(self.config.locate)
+
+    # Choosing
+
+    @property
+    def current(self) -> Database:
+        """The database that a verb would use now."""
+        return self.resolve(self.context.choice)
+
+    def named(self, given: Chosen, options: Mapping[str, Any]) -> Database:
+        """The database that *given* or *options* mean, the current one if there are neither."""
+        return self.current if given is None and not options else self.resolve(choose(given, options))
+
+    def set_database(self, choice: Choice | None) -> Choice | None:
+        """Choose, unless the caller has a transaction open on the current database."""
+        if self.context.has_transactions:
+            self._check_switch(choice)
+        return self.context.choose(choice)
+
+    def _check_switch(self, choice: Choice | None) -> None:
+        try:
+            current = self.current
+        except NoDatabaseError:
+            return
+        transaction = self.context.transaction(current)
+        if transaction is None or not transaction.owner.is_current:
+            return
+        wanted = self.resolve(choice)
+        if wanted.key != current.key:
+            raise WrongDatabaseError(
+                f"cannot switch to {wanted.home}: a transaction is open on {current.home}. Leave its block first, "
+                "or use `with repo.using(...)` for an independent unit of work",
+                expected=current.home,
+                found=wanted.home,
+            )
+
+    # Units of work
+
+    def read(self, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a verb that only reads: each of its statements by itself, or in the open transaction."""
+        database = self.current
+        with self._unit(database) as session:
+            self._autocommit(session)
+            return verb(session, *args, **kwargs)
+
+    def run(self, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a verb with SQL of the user's own, each statement by itself, or in the open transaction."""
+        database = self.current
+        with self._unit(database) as session:
+            self._autocommit(session)
+            disown(session.connection())
+            return verb(session, *args, **kwargs)
+
+    def write(
+        self, verb: Callable[Concatenate[HomeSession, Any, P], T], obj: Any, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run a verb that writes *obj*; if it fails, *obj* and all it refers to are as they were."""
+        database = self.current
+        deleting = verb is verbs.delete
+        snapshot = Snapshot(verbs.touched(obj, deleting=deleting))
+        try:
+            with self._unit(database) as session:
+                if verbs.is_single_statement(session, obj, deleting=deleting):
+                    self._autocommit(session)
+                result = verb(session, obj, *args, **kwargs)
+                session.commit()
+                return result
+        except BaseException as error:
+            snapshot.restore()
+            if isinstance(error, StaleDataError):
+                raise StaleError(
+                    f"this {type(obj).__name__} is not in {database.home} any more as it was loaded, and nothing was "
+                    f"written: load it again ({error})",
+                    home=database.home,
+                ) from error
+            raise
+
+    def write_rows(self, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a verb that writes rows without objects, in one transaction."""
+        with self._unit(self.current) as session:
+            result = verb(session, *args, **kwargs)
+            session.commit()
+            return result
+
+    @contextmanager
+    def _unit(self, database: Database) -> Iterator[HomeSession]:
+        """A session for one verb: on the caller's transaction, or on a connection of its own."""
+        transaction = self.context.transaction(database)
+        try:
+            if transaction is not None:
+                with transaction.watch(), _session(database, transaction.connection) as session:
+                    yield session
+            else:
+                with self.cache.engine(database).connect() as connection:
+                    vouch(connection, autocommit=False)
+                    with _session(database, connection) as session:
+                        yield session
+        except SQLAlchemyError as error:
+            error.add_note(f"database: {database.home}")
+            raise
+
+    def _autocommit(self, session: HomeSession) -> None:
+        connection = session.bind
+        assert isinstance(connection, Connection)
+        if not connection.in_transaction():
+            vouch(connection, autocommit=True)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Open a transaction on the current database, or join the one that is open on it."""
+        database = self.current
+        joined = self.context.transaction(database)
+        if joined is not None:
+            with joined.joined():
+                yield joined
+            return
+        with self.cache.engine(database).connect() as connection:
+            vouch(connection, autocommit=False)
+            with self.context.entered(database, connection) as transaction:
+                try:
+                    yield transaction
+                    transaction.commit()
+                except BaseException:
+                    transaction.rollback()
+                    raise
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Mark a point in the open transaction that a failure in the block goes back to."""
+        database = self.current
+        transaction = self.context.transaction(database)
+        if transaction is None:
+            raise NotInTransactionError(
+                f"a savepoint needs an open transaction on {database.home}: wrap it in `with repo.transaction():`"
+            )
+        with transaction.savepoint():
+            yield
+
+    def in_transaction(self) -> bool:
+        """Whether the caller has a transaction open on the current database."""
+        transaction = self.context.transaction(self.current)
+        return transaction is not None and transaction.owner.is_current
+
+    # What is handed to the user
+
+    def session(self, **options: Any) -> RoutedSession:
+        """A session of the current database, in the open transaction if there is one."""
+        database = self.current
+        transaction = self.context.transaction(database)
+        if transaction is None:
+            return RoutedSession(database, self.engine(), **options)
+        transaction.check_usable()
+        disown(transaction.connection)
+        return RoutedSession(database, transaction.connection, join_transaction_mode="rollback_only", **options)
+
+    def engine(self) -> Engine:
+        """The engine of the current database."""
+        return self.cache.engine(self.current)
+
+    def ping(self) -> float:
+        """Open a connection, ask one question, close it; the seconds that it took."""
+        begun = perf_counter()
+        with self.cache.transient(self.current) as connection:
+            vouch(connection, autocommit=True)
+            connection.execute(text("SELECT 1"))
+        return perf_counter() - begun
+
+    def rehome(self, obj: T, database: Database) -> T:
+        """Copy the columns of *obj* into a new object that can be inserted into *database*, and nowhere else."""
+        state = state_of(obj)
+        mapper = state.mapper
+        names = [mapper.get_property_by_column(column).key for column in mapper.columns if column in mapper.c.values()]
+        missing = [name for name in names if name not in state.dict and state.key is not None]
+        if missing:
+            raise ValueError(f"cannot copy this {type(obj).__name__}: {', '.join(missing)} not loaded; load the object whole")
+        copy: T = mapper.class_manager.new_instance()
+        for name in names:
+            if name in state.dict:
+                setattr(copy, name, state.dict[name])
+        state_of(copy).identity_token = database.home
+        return copy
+
+
+def _session(database: Database, connection: Connection) -> HomeSession:
+    return HomeSession(
+        database.home, connection, autoflush=False, expire_on_commit=False, join_transaction_mode="rollback_only"
+    )

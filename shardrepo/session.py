@@ -1,0 +1,214 @@
+"""Sessions that belong to one database for life, and objects that remember theirs.
+
+An object's home is the ``identity_token`` of its ORM identity: the string ``server/name``. It is set when a
+row is loaded or inserted, survives detaching and pickling, and keeps equal primary keys of two databases
+apart. Here, too, is what leans on the insides of `InstanceState`: `Snapshot`, because a failed flush leaves
+traces on objects that SQLAlchemy does not take back (``tests/test_private_api.py``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import NoInspectionAvailable
+from sqlalchemy.inspection import inspect
+from sqlalchemy.orm import InstanceState, RelationshipDirection, Session
+
+from .database import Database
+from .errors import WrongDatabaseError
+
+T = TypeVar("T")
+
+MANYTOONE: Final = RelationshipDirection.MANYTOONE
+
+
+def state_of(obj: object) -> InstanceState[Any]:
+    """The ORM's state of *obj*; `TypeError` when it is not an instance of a mapped class."""
+    try:
+        state = inspect(obj)
+    except NoInspectionAvailable:
+        state = None
+    if not isinstance(state, InstanceState):
+        raise TypeError(f"{obj!r} is not an object of a mapped class, which is what this verb takes")
+    return state
+
+
+def home_of(obj: object) -> str | None:
+    """The home of *obj*, as ``server/name``; None for one that was never stored nor rehomed."""
+    return _home(state_of(obj))
+
+
+def _home(state: InstanceState[Any]) -> str | None:
+    home = state.key[2] if state.key is not None else state.identity_token
+    return home if isinstance(home, str) else None
+
+
+def check_home(state: InstanceState[Any], home: str) -> None:
+    """Raise `WrongDatabaseError` if the object of *state* is stored, or bound, anywhere but in *home*."""
+    found = _home(state)
+    if found == home or (found is None and state.key is None):
+        return
+    where = f"belongs to {found}" if found else "was not loaded through a repo, so its home is unknown"
+    raise WrongDatabaseError(
+        f"this {state.class_.__name__} {where}, and {home} is the current database: choose its home with "
+        "using(...), or make a copy for this one with rehome(...)",
+        expected=home,
+        found=found,
+    )
+
+
+def graph(state: InstanceState[Any], cascade: str = "save-update") -> Iterator[InstanceState[Any]]:
+    """The objects that writing this one may touch: itself, and what the mapping cascades to. Loads nothing."""
+    yield state
+    for _, _, related, _ in state.mapper.cascade_iterator(cascade, state):
+        yield related
+
+
+def check_graph(states: Iterable[InstanceState[Any]], home: str) -> None:
+    """Raise `WrongDatabaseError` if one of *states*, or what it refers to, belongs to another database."""
+    for state in states:
+        check_home(state, home)
+        for relationship in state.mapper.relationships:
+            target = state.dict.get(relationship.key)
+            if relationship.direction is MANYTOONE and target is not None:
+                check_home(state_of(target), home)
+
+
+class HomeSession(Session):
+    """A session whose objects all have one home; anything of another database is refused on its way in."""
+
+    def __init__(self, home: str, bind: Engine | Connection, **options: Any) -> None:
+        super().__init__(bind, **options)
+        self.home = home
+        # Objects that got their token here, to lose it again should they become transient.
+        self._stamped: weakref.WeakSet[InstanceState[Any]] = weakref.WeakSet()
+
+
+@event.listens_for(HomeSession, "before_attach")
+def _take_in(session: HomeSession, instance: object) -> None:
+    state = state_of(instance)
+    check_home(state, session.home)
+    if state.key is None and state.identity_token is None:
+        state.identity_token = session.home
+        session._stamped.add(state)
+
+
+@event.listens_for(HomeSession, "pending_to_transient")
+def _let_go(session: HomeSession, instance: object) -> None:
+    state = state_of(instance)
+    if state in session._stamped:
+        state.identity_token = None
+
+
+class RoutedSession(HomeSession):
+    """A plain SQLAlchemy session, pinned for life to the database that was current when it was made.
+
+    Every SQLAlchemy method works as documented. `get_bind` always yields this database's engine, or the
+    connection of the transaction that was open when the session was made; whatever is chosen on the repo
+    later makes no difference. Objects of another database are refused with `WrongDatabaseError` by `add`,
+    `merge`, `delete` and the bulk methods, also when they come in by a relationship.
+
+    Attributes:
+        database: The database that the session belongs to.
+        home: Its home, as ``server/name``.
+    """
+
+    def __init__(self, database: Database, bind: Engine | Connection, **options: Any) -> None:
+        given = options.pop("execution_options", {})
+        super().__init__(
+            database.home, bind, execution_options={**given, "identity_token": database.home}, **options
+        )
+        self.database = database
+
+    def __repr__(self) -> str:
+        return f"<RoutedSession {self.home}>"
+
+    def get_bind(self, mapper: Any = None, *, bind: Any = None, **kwargs: Any) -> Engine | Connection:
+        """The engine or connection of this session's database; no other can be asked for."""
+        own = self.bind
+        assert own is not None
+        if bind is not None and bind.engine is not own.engine:
+            raise WrongDatabaseError(
+                f"this session belongs to {self.home} for life, and was asked to use {bind.engine!r}",
+                expected=self.home,
+                found=None,
+            )
+        return own
+
+    def get(self, entity: Any, ident: Any, **kwargs: Any) -> Any:
+        """`Session.get`, with the home as identity token, so that a loaded object is found again."""
+        kwargs.setdefault("identity_token", self.home)
+        return super().get(entity, ident, **kwargs)
+
+    def merge(self, instance: T, **kwargs: Any) -> T:
+        """`Session.merge`; refuses an object of another database, and one that refers to such an object."""
+        check_graph(graph(state_of(instance), "merge"), self.home)
+        return super().merge(instance, **kwargs)
+
+    def bulk_save_objects(self, objects: Iterable[object], **kwargs: Any) -> None:
+        """`Session.bulk_save_objects`; refuses objects of another database."""
+        objects = list(objects)
+        for obj in objects:
+            check_home(state_of(obj), self.home)
+        super().bulk_save_objects(objects, **kwargs)
+
+
+class Snapshot:
+    """Objects as they were before a verb touched them, to be put back if it fails.
+
+    Values, pending changes, identity and home: all of it, because a failed flush leaves generated keys and
+    defaults behind on objects that were never stored.
+    """
+
+    def __init__(self, states: Iterable[InstanceState[Any]]) -> None:
+        self._saved = [
+            (state, _copied(state.__dict__), dict(state.dict), dict(state.committed_state), set(state.expired_attributes))
+            for state in states
+        ]
+
+    def restore(self) -> None:
+        """Put everything back. The session must have let go of the objects before."""
+        for state, attributes, values, committed, expired in self._saved:
+            state.dict.clear()
+            state.dict.update(values)
+            state.__dict__.clear()
+            state.__dict__.update(attributes)
+            state.committed_state = committed
+            state.expired_attributes = expired
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    # Two levels: what relates a state to others is kept in dictionaries of its own.
+    return {name: dict(value) if type(value) is dict else value for name, value in attributes.items()}
+
+
+def write_by_key(state: InstanceState[Any]) -> Callable[[], None]:
+    """Turn references to stored objects into foreign key values, so that those are not attached.
+
+    One stored parent may then serve many threads at once. Returns what puts the references back, as
+    loaded, after a flush that succeeded.
+    """
+    taken: dict[str, object] = {}
+    for relationship in state.mapper.relationships:
+        name = relationship.key
+        if relationship.direction is not MANYTOONE or relationship.viewonly or name not in state.dict:
+            continue
+        target = state.dict[name]
+        if target is not None and state_of(target).key is None:
+            continue
+        if name in state.committed_state or (state.key is None and target is not None):
+            for local, remote in relationship.local_remote_pairs:
+                value = None if target is None else _value_of(target, remote)
+                setattr(state.obj(), state.mapper.get_property_by_column(local).key, value)
+        taken[name] = state.dict.pop(name)
+        state.committed_state.pop(name, None)
+    return lambda: state.dict.update(taken)
+
+
+def _value_of(obj: object, column: Any) -> Any:
+    mapper = state_of(obj).mapper
+    return getattr(obj, mapper.get_property_by_column(column).key)

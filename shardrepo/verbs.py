@@ -1,0 +1,305 @@
+"""What the verbs do, as plain functions of a session.
+
+None of them knows a repo, chooses a database or begins a transaction: a session of the right database
+comes in. Reads return objects that the caller's session lets go of; writes leave their flush to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Final, NamedTuple, TypeVar
+
+from sqlalchemy import Executable, Select, and_, bindparam, event, func, insert as sql_insert, inspect, select, text
+from sqlalchemy.engine import Connection, CursorResult, Result
+from sqlalchemy.exc import NoInspectionAvailable, NoResultFound
+from sqlalchemy.orm import InstanceState, Mapper
+from sqlalchemy.orm.exc import StaleDataError
+
+from .errors import ConfigError, unknown
+from .session import HomeSession, check_graph, graph, state_of, write_by_key
+
+T = TypeVar("T")
+
+
+class BulkResult(NamedTuple):
+    """What a write of many rows did.
+
+    Attributes:
+        count: The number of rows written.
+        rows: What the statement returned; None when it was not asked to return anything.
+    """
+
+    count: int
+    rows: list[Any] | None
+
+
+def mapper_of(model: Any) -> Mapper[Any]:
+    """The mapper of *model*; `TypeError` when it is not a mapped class."""
+    try:
+        mapper = inspect(model)
+    except NoInspectionAvailable:
+        mapper = None
+    if isinstance(mapper, Mapper):
+        return mapper
+    if isinstance(model, Executable):
+        raise TypeError("this verb takes a mapped class, not a statement: use one(), one_or_none() or all()")
+    raise TypeError(f"{model!r} is not a mapped class")
+
+
+# Reading
+
+
+def get(session: HomeSession, model: type[T], key: Any) -> T | None:
+    mapper = mapper_of(model)
+    parameters = _key_parameters(mapper, key)
+    options = {"identity_token": session.home}
+    result = _unique(session.execute(_by_primary_key(mapper), parameters, execution_options=options))
+    found: T | None = result.scalars().one_or_none()
+    return found
+
+
+def get_one(session: HomeSession, model: type[T], key: Any) -> T:
+    found = get(session, model, key)
+    if found is None:
+        raise NoResultFound(f"no {model.__name__} with primary key {key!r} in {session.home}")
+    return found
+
+
+def get_by(session: HomeSession, model: type[T], columns: Mapping[str, Any]) -> T | None:
+    found: T | None = _results(session, _filtered(model, columns).limit(2)).one_or_none()
+    return found
+
+
+def one(session: HomeSession, query: Any) -> Any:
+    return _results(session, _limited(query)).one()
+
+
+def one_or_none(session: HomeSession, query: Any) -> Any:
+    return _results(session, _limited(query)).one_or_none()
+
+
+def all_(session: HomeSession, query: Any) -> list[Any]:
+    return list(_results(session, _selected(query)).all())
+
+
+def count(session: HomeSession, query: Any) -> int:
+    rows = _selected(query).order_by(None).options().subquery()
+    return int(session.execute(select(func.count()).select_from(rows)).scalar_one())
+
+
+def exists(session: HomeSession, query: Any) -> bool:
+    return bool(session.execute(select(_selected(query).order_by(None).exists())).scalar_one())
+
+
+def execute(session: HomeSession, statement: Executable | str, parameters: Any) -> Result[Any]:
+    if isinstance(statement, str):
+        statement = text(statement)
+    result = session.execute(statement, parameters, execution_options={"identity_token": session.home})
+    return result.freeze()() if _returns_rows(result) else result
+
+
+# Writing
+
+
+def insert(session: HomeSession, obj: object) -> None:
+    state = state_of(obj)
+    if state.key is not None:
+        became = "was deleted" if state.was_deleted else "is stored already"
+        raise ValueError(
+            f"this {type(obj).__name__} {became}, in {state.key[2]}: use update(), or insert a copy made by rehome()"
+        )
+    _flush(session, state)
+
+
+def update(session: HomeSession, obj: object, changes: Mapping[str, Any]) -> None:
+    state = _stored(obj, "update")
+    for name, value in changes.items():
+        setattr(obj, name, value)
+    _flush(session, state)
+
+
+def delete(session: HomeSession, obj: object) -> None:
+    state = _stored(obj, "delete")
+    put_back = write_by_key(state)
+    with _every_delete_counts(session.connection()):
+        session.delete(obj)
+        session.flush()
+    put_back()
+
+
+def insert_all(session: HomeSession, model: Any, rows: Iterable[Mapping[str, Any]]) -> BulkResult:
+    mapper = mapper_of(model)
+    rows = [dict(row) for row in rows]
+    for name in {name for row in rows for name in row}:
+        if name not in mapper.columns:
+            raise ValueError(f"{mapper.class_.__name__}: {unknown('column', name, mapper.columns.keys())}")
+    if rows:
+        session.execute(sql_insert(mapper), rows)
+    return BulkResult(len(rows), None)
+
+
+def check_changes(obj: object, changes: Mapping[str, Any]) -> None:
+    """Raise unless every name in *changes* is a mapped attribute of *obj*."""
+    mapper = state_of(obj).mapper
+    for name in changes:
+        if name not in mapper.attrs:
+            raise ValueError(f"{mapper.class_.__name__}: {unknown('attribute', name, mapper.attrs.keys())}")
+
+
+def touched(obj: object, *, deleting: bool = False) -> list[InstanceState[Any]]:
+    """The objects that writing *obj* may change, itself first."""
+    state = state_of(obj)
+    states = list(graph(state))
+    return [*states, *(s for s in graph(state, "delete") if s not in states)] if deleting else states
+
+
+def is_single_statement(session: HomeSession, obj: object, *, deleting: bool = False) -> bool:
+    """Whether writing *obj* provably takes one statement: one instance, one table, and no listener that
+    may emit SQL of its own."""
+    state = state_of(obj)
+    mapper = state.mapper
+    if len(mapper.tables) != 1 or state.__dict__.get("_pending_mutations"):
+        return False
+    if any(getattr(mapper.dispatch, name) for name in _MAPPER_EVENTS):
+        return False
+    if any(getattr(session.dispatch, name) for name in _SESSION_EVENTS):
+        return False
+    return all(_is_quiet(state, relationship, deleting) for relationship in mapper.relationships)
+
+
+_MAPPER_EVENTS: Final = tuple(f"{when}_{what}" for when in ("before", "after") for what in ("insert", "update", "delete"))
+_SESSION_EVENTS: Final = ("before_flush", "after_flush", "after_flush_postexec", "before_commit", "after_begin")
+
+
+def _is_quiet(state: InstanceState[Any], relationship: Any, deleting: bool) -> bool:
+    """Whether *relationship* provably takes no part in writing *state*."""
+    if relationship.viewonly:
+        return True
+    to_one = relationship.direction.name == "MANYTOONE"
+    if deleting and not (relationship.cascade.delete if to_one else relationship.passive_deletes != "all"):
+        return True
+    if deleting:
+        return False
+    value = state.dict.get(relationship.key)
+    if to_one:
+        return value is None or state_of(value).key is not None
+    return not value and relationship.key not in state.committed_state
+
+
+def _flush(session: HomeSession, state: InstanceState[Any]) -> None:
+    states = list(graph(state))
+    check_graph(states, session.home)
+    for each in states:
+        # By RETURNING on UPDATE too, where SQLAlchemy's "auto" stops at INSERT and would leave server-computed
+        # columns unloaded on an object that is about to be detached.
+        if each.mapper.base_mapper.eager_defaults == "auto":
+            each.mapper.base_mapper.eager_defaults = True
+    put_back = [write_by_key(each) for each in states]
+    session.add(state.obj())
+    session.flush()
+    for reference in put_back:
+        reference()
+
+
+def _stored(obj: object, verb: str) -> InstanceState[Any]:
+    state = state_of(obj)
+    if state.key is None:
+        raise ValueError(f"cannot {verb} this {type(obj).__name__}: it was never stored, insert() it first")
+    if state.was_deleted:
+        raise ValueError(f"cannot {verb} this {type(obj).__name__}: it was deleted; insert a copy made by rehome()")
+    return state
+
+
+@contextmanager
+def _every_delete_counts(connection: Connection) -> Iterator[None]:
+    """Raise `StaleDataError` when a DELETE by key finds fewer rows than keys; SQLAlchemy only warns."""
+
+    def check(conn: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool) -> None:
+        expected = len(parameters) if executemany else 1
+        if context.isdelete and cursor.rowcount < expected:
+            raise StaleDataError(f"DELETE was to remove {expected} row(s), and {cursor.rowcount} were there")
+
+    event.listen(connection, "after_cursor_execute", check)
+    try:
+        yield
+    finally:
+        event.remove(connection, "after_cursor_execute", check)
+
+
+# Statements
+
+
+# As many as an application has mapped classes, and some.
+@lru_cache(maxsize=1024)
+def _by_primary_key(mapper: Mapper[Any]) -> Select[Any]:
+    wanted = (column == bindparam(f"pk_{n}", type_=column.type) for n, column in enumerate(mapper.primary_key))
+    return select(mapper).where(and_(*wanted))
+
+
+def _key_parameters(mapper: Mapper[Any], key: Any) -> dict[str, Any]:
+    columns = mapper.primary_key
+    if isinstance(key, Mapping):
+        names = [mapper.get_property_by_column(column).key for column in columns]
+        if set(key) != set(names):
+            raise ValueError(f"the primary key of {mapper.class_.__name__} is {names}, not {sorted(key)}")
+        values: Sequence[Any] = [key[name] for name in names]
+    else:
+        values = key if isinstance(key, tuple) else (key,)
+    if len(values) != len(columns):
+        raise ValueError(
+            f"the primary key of {mapper.class_.__name__} has {len(columns)} column(s), and {key!r} has {len(values)}"
+        )
+    if any(value is None for value in values):
+        raise ValueError(
+            f"a primary key is never None, so get({mapper.class_.__name__}, {key!r}) asks for nothing: "
+            "check for None before"
+        )
+    return {f"pk_{n}": value for n, value in enumerate(values)}
+
+
+def _filtered(model: Any, columns: Mapping[str, Any]) -> Select[Any]:
+    mapper = mapper_of(model)
+    if not columns:
+        raise ValueError(f"get_by({mapper.class_.__name__}) names no column to look by")
+    for name, value in columns.items():
+        if name not in mapper.column_attrs:
+            raise ValueError(f"{mapper.class_.__name__}: {unknown('column', name, mapper.column_attrs.keys())}")
+        if value is None:
+            raise ValueError(
+                f"{name}=None matches no row in SQL, and any row where it means IS NULL: write "
+                f"one_or_none(select({mapper.class_.__name__}).where({mapper.class_.__name__}.{name}.is_(None)))"
+            )
+    return select(mapper).filter_by(**columns)
+
+
+def _selected(query: Any) -> Select[Any]:
+    if isinstance(query, Select):
+        return query
+    if isinstance(query, Executable):
+        raise TypeError("this verb takes a select() or a mapped class; run other statements with execute()")
+    return select(mapper_of(query))
+
+
+def _limited(query: Any) -> Select[Any]:
+    """Two rows are enough to know that there is more than one."""
+    statement = _selected(query)
+    return statement.limit(2) if statement._limit_clause is None else statement
+
+
+def _results(session: HomeSession, statement: Select[Any]) -> Any:
+    """One column gives its values, several give rows."""
+    result = _unique(session.execute(statement, execution_options={"identity_token": session.home}))
+    return result.scalars() if len(statement.column_descriptions) == 1 else result
+
+
+def _unique(result: Any) -> Any:
+    # The ORM marks a result whose rows repeat because of joined eager loading, and refuses to give its
+    # rows before unique() is called. There is no public way to see the mark.
+    mark = result._unique_filter_state
+    return result.unique() if mark is not None and mark[0] is None else result
+
+
+def _returns_rows(result: Result[Any]) -> bool:
+    return not isinstance(result, CursorResult) or result.returns_rows
