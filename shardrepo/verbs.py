@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Executable, Select, and_, bindparam, event, func, insert as sql_insert, inspect, select, text
 from sqlalchemy.engine import Connection, CursorResult, Result
@@ -23,7 +24,8 @@ from .session import HomeSession, check_graph, graph, state_of, write_by_key
 T = TypeVar("T")
 
 
-class BulkResult(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class BulkResult:
     """What a write of many rows did.
 
     Attributes:

@@ -121,8 +121,10 @@ def start_servers(
         settings: Lines for postgresql.conf; they win over ours.
         log_statements: Log every statement, which `count_statements` needs. Off by default because the
             log costs each statement a write.
-        directory: Where the temporary folder is made; the system user `postgres` (else `nobody`), which
-            the servers run as when we are root, must be able to reach it.
+        directory: Where the temporary folder is made, the system's folder for such things without it. The
+            user that the servers run as when we are root (`postgres`, else `nobody`) must be able to reach
+            it. Where memory is plenty, /dev/shm makes 600 databases 2 to 4 times as fast and removes them
+            8 times as fast as a disk does; a database takes 8 MB.
 
     Raises:
         ServerStartError: No PostgreSQL was found, or it did not start.
@@ -544,6 +546,8 @@ class _Postgres:
                 str(self.binaries / "initdb"),
                 *("-D", str(data), "-U", _SUPERUSER, "--pwfile", str(secret), "--auth=scram-sha-256"),
                 *("--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"),
+                # The first segment is written whole and copied for each further server: 1 MB, not 16.
+                "--wal-segsize=1",
             )
         finally:
             secret.unlink()

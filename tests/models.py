@@ -1,0 +1,92 @@
+"""The mapped classes that the tests store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Column, Computed, FetchedValue, ForeignKey, String, Table, UniqueConstraint, func
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+
+class Base(DeclarativeBase):
+    """Root of the test models."""
+
+
+post_tags = Table(
+    "post_tags",
+    Base.metadata,
+    Column("post_id", ForeignKey("posts.id"), primary_key=True),
+    Column("tag_id", ForeignKey("tags.id"), primary_key=True),
+)
+
+
+class User(Base):
+    """Six columns; one is computed by the server at INSERT and UPDATE, one is unique."""
+
+    __tablename__ = "users"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    email: Mapped[str | None] = mapped_column(String(200), unique=True)
+    age: Mapped[int] = mapped_column(default=0)
+    city: Mapped[str] = mapped_column(server_default="nowhere")
+    name_length: Mapped[int] = mapped_column(Computed("length(name)"))
+    posts: Mapped[list[Post]] = relationship(back_populates="author", cascade="save-update, merge, delete")
+
+
+class Post(Base):
+    __tablename__ = "posts"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str]
+    author_id: Mapped[int | None] = mapped_column(ForeignKey("users.id"))
+    author: Mapped[User | None] = relationship(back_populates="posts")
+    tags: Mapped[list[Tag]] = relationship(secondary=post_tags)
+
+
+class Tag(Base):
+    __tablename__ = "tags"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    label: Mapped[str] = mapped_column(unique=True)
+
+
+class Account(Base):
+    """Has a version, which SQLAlchemy counts."""
+
+    __tablename__ = "accounts"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    balance: Mapped[int]
+    version: Mapped[int] = mapped_column()
+    __mapper_args__: Any = {"version_id_col": version}
+
+
+class Animal(Base):
+    """Joined inheritance: two tables for one Dog."""
+
+    __tablename__ = "animals"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    __mapper_args__: Any = {"polymorphic_on": "kind", "polymorphic_identity": "animal"}
+
+
+class Dog(Animal):
+    __tablename__ = "dogs"
+
+    id: Mapped[int] = mapped_column(ForeignKey("animals.id"), primary_key=True)
+    breed: Mapped[str]
+    __mapper_args__: Any = {"polymorphic_identity": "dog"}
+
+
+class Place(Base):
+    """A primary key of two columns, and a column that the server fills in."""
+
+    __tablename__ = "places"
+    __table_args__ = (UniqueConstraint("label"),)
+
+    row: Mapped[int] = mapped_column(primary_key=True)
+    seat: Mapped[int] = mapped_column(primary_key=True)
+    label: Mapped[str | None]
+    changed: Mapped[str | None] = mapped_column(server_default=func.now().cast(String), server_onupdate=FetchedValue())
