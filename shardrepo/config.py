@@ -23,9 +23,12 @@ _OWN_CONNECT_ARGS: Final = ADDRESS_PARAMETERS | {"connect_timeout", "application
 
 # Arguments of create_engine that would put another pool, driver or dialect behind the cache's back.
 _OWN_ENGINE_OPTIONS: Final = frozenset(
-    """connect_args creator async_creator_fn pool poolclass pool_size max_overflow pool_timeout pool_recycle
-    pool_pre_ping pool_reset_on_return pool_use_lifo module dialect url strategy use_native_hstore
-    query_cache_size skip_autocommit_rollback isolation_level shared""".split()
+    {
+        *("connect_args", "creator", "async_creator", "module", "dialect", "url", "shared"),
+        *("pool", "poolclass", "pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_pre_ping"),
+        *("pool_reset_on_return", "pool_use_lifo", "ledger", "database", "kind", "checkout_timeout"),
+        *("use_native_hstore", "query_cache_size", "skip_autocommit_rollback", "isolation_level"),
+    }
 )
 
 _EMPTY: Final[Mapping[str, Any]] = MappingProxyType({})

@@ -40,6 +40,9 @@ class Selection:
     block: Block | None = None
 
 
+_NOTHING: Final = Selection()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
     """One `using` block: what was selected where it was entered."""
@@ -180,10 +183,11 @@ class Transaction:
             raise
 
     def _doomed(self, cause: BaseException) -> TransactionDoomedError:
+        first_line = str(cause).partition("\n")[0]
         error = TransactionDoomedError(
             f"the transaction on {self.database.home} is doomed: an earlier statement failed with "
-            f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}. Nothing of it can be kept: leave the block, or put what may "
-            "fail into `with repo.savepoint():`",
+            f"{type(cause).__name__}: {first_line}. Nothing of it can be kept: leave the block, or put what may fail "
+            "into `with repo.savepoint():`",
             home=self.database.home,
             cause=cause,
         )
@@ -201,7 +205,7 @@ class Context:
     """The choice and the transactions of whoever is running, for one repo."""
 
     def __init__(self, name: str) -> None:
-        self._selection: ContextVar[Selection] = ContextVar(f"{name} choice", default=Selection())
+        self._selection: ContextVar[Selection] = ContextVar(f"{name} choice", default=_NOTHING)
         self._transaction: ContextVar[Transaction | None] = ContextVar(f"{name} transaction", default=None)
 
     @property

@@ -248,6 +248,8 @@ def _check_name(value: object) -> str:
 
 def _check_host(value: object) -> str:
     host = _text("host", value)
+    if "," in host:
+        raise ConfigError(f"host {host!r} names several servers: a row is in one of them, name that one")
     return host if host.startswith(("/", "@")) else host.lower()
 
 

@@ -139,7 +139,7 @@ def _try(target: Target) -> _Attempt:
             if polled in (_OK, _FAILED):
                 break
             attempt.reached = attempt.reached or attempt.pgconn.status != _STARTED
-            if not _ready(attempt.pgconn.socket, _EVENTS[polled], deadline):
+            if not _ready(attempt.pgconn.socket, _EVENTS[pq.PollingStatus(polled)], deadline):
                 attempt.timed_out = True
                 break
         if not attempt.succeeded:

@@ -11,9 +11,9 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from sqlalchemy import create_engine
 from sqlalchemy.dialects import registry
@@ -23,11 +23,13 @@ from sqlalchemy.util import LRUCache
 
 from .config import Config
 from .database import Database
-from .driver import DriverConnection, Target, connect
 from .errors import ServerUnavailableError
 from .ledger import Kind, Ledger
 from .pool import Books, LedgerPool, close, perform
 from .stats import Stats
+
+if TYPE_CHECKING:
+    from .driver import Target
 
 # An engine without connections costs about 10 KiB and 0.1 ms to make again.
 MAX_ENGINES: Final = 256
@@ -46,21 +48,23 @@ class SharedDialect(PGDialect_psycopg):
     driver = "psycopg"
     supports_statement_cache = True
 
-    def __new__(cls, shared: SharedDialect | None = None, **kwargs: Any) -> Self:
+    def __new__(cls, shared: SharedDialect | None = None, **_: Any) -> Self:
         return shared if isinstance(shared, cls) else super().__new__(cls)
 
     def __init__(self, shared: SharedDialect | None = None, **kwargs: Any) -> None:
         if shared is None:
-            super().__init__(use_native_hstore=False, skip_autocommit_rollback=True, **kwargs)
+            super().__init__(use_native_hstore=False, skip_autocommit_rollback=True, **kwargs)  # type: ignore[no-untyped-call]  # SQLAlchemy's
             self.compiled: MutableMapping[Any, Any] = LRUCache(MAX_COMPILED)
             self.server_version: int | None = None
             self.outdated = False
 
     def create_connect_args(self, url: Any) -> Any:
-        arguments = super().create_connect_args(url)[1]
+        arguments = super().create_connect_args(url)[1]  # type: ignore[no-untyped-call]  # SQLAlchemy's
         return (), {"context": arguments.get("context")}
 
-    def connect(self, *args: Any, target: Target, context: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+    def connect(self, *, target: Target, context: Any = None) -> Any:
+        from .driver import connect  # here, so that `import shardrepo` loads no driver
+
         connection = connect(target, context)
         version = connection.info.server_version
         if self.server_version not in (None, version):
@@ -76,9 +80,8 @@ class SharedDialect(PGDialect_psycopg):
     def initialize(self, connection: Connection) -> None:
         # Asks the server five times; two first connections at once may both do it, to the same effect.
         if self.server_version is None:
-            super().initialize(connection)
-            driver_connection = connection.connection.driver_connection
-            assert isinstance(driver_connection, DriverConnection)
+            super().initialize(connection)  # type: ignore[no-untyped-call]  # SQLAlchemy's
+            driver_connection: Any = connection.connection.driver_connection
             self.server_version = driver_connection.info.server_version
 
     def reset_isolation_level(self, dbapi_connection: Any) -> None:
@@ -102,7 +105,7 @@ class ConnectionCache:
         self.ledger: Books = Ledger(config.pool_size, max_connections)
         self._checkout_timeout = checkout_timeout
         self._start_empty()
-        weakref.finalize(self, _close_idle, self.ledger, os.getpid())
+        weakref.finalize(self, _close_idle, self.ledger)
         _caches.add(self)
 
     def _start_empty(self) -> None:
@@ -127,7 +130,7 @@ class ConnectionCache:
             return engine
 
     @contextmanager
-    def transient(self, database: Database) -> Any:
+    def transient(self, database: Database) -> Iterator[Connection]:
         """A connection of its own for a question to *database*: outside the target, closed at the end."""
         with self._lock:
             engine = self._build(database, Kind.TRANSIENT)
@@ -161,20 +164,17 @@ class ConnectionCache:
         dialect = self._dialects.get(database.server)
         if dialect is not None and dialect.outdated:
             dialect = None
-        config = self.config
-        options: Mapping[str, Any] = config.engine_options
-        target = Target(database, config.connect_timeout, config.application_name, config.connect_args)
         engine = create_engine(
             database.url.set(drivername="postgresql+shardrepo"),
             shared=dialect,
-            connect_args={"target": target},
+            connect_args={"target": self._target(database)},
             poolclass=LedgerPool,
             ledger=self.ledger,
             database=database,
             kind=kind,
             checkout_timeout=self._checkout_timeout,
             query_cache_size=0,
-            **options,
+            **self.config.engine_options,
         )
         shared = engine.dialect
         assert isinstance(shared, SharedDialect)
@@ -182,6 +182,12 @@ class ConnectionCache:
         engine.update_execution_options(compiled_cache=shared.compiled)
         engine.pool.engine = engine  # type: ignore[attr-defined]  # a LedgerPool
         return engine
+
+    def _target(self, database: Database) -> Target:
+        from .driver import Target  # here, so that `import shardrepo` loads no driver
+
+        config = self.config
+        return Target(database, config.connect_timeout, config.application_name, config.connect_args)
 
 
 _caches: Final[weakref.WeakSet[ConnectionCache]] = weakref.WeakSet()
@@ -198,6 +204,5 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _close_idle(ledger: Books, pid: int) -> None:
-    if pid == os.getpid():
-        close(ledger, ledger.discard().close)
+def _close_idle(ledger: Books) -> None:
+    close(ledger, ledger.discard().close)

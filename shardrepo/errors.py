@@ -69,7 +69,7 @@ class ConnectError(ShardRepoError, sa_exc.OperationalError):
     """
 
     # SQLAlchemy appends a link for this code to the message; the remedy is in ours.
-    code = None
+    code = None  # type: ignore[assignment]  # as SQLAlchemy's own base class has it
 
     def __init__(
         self, message: str, *, database: Database, sqlstate: str | None = None, orig: BaseException | None = None

@@ -148,10 +148,11 @@ class Ledger(Generic[K, C]):
         with self._lock:
             lost = self._take_over_lost() if self._lost else ()
             grant = None if self._waiting else self._grant(key, kind, lost)
-            if grant is None:
-                grant = Wait(key, kind, make_turn(), lost)
-                self._waiting.append(grant)
-            return grant
+            if grant is not None:
+                return grant
+            wait = Wait(key, kind, make_turn(), lost)
+            self._waiting.append(wait)
+            return wait
 
     def opened(self, entry: Entry[K, C], connection: C) -> Step[K, C]:
         """A permit's connect succeeded; *connection* is in use by its caller."""
@@ -175,9 +176,12 @@ class Ledger(Generic[K, C]):
         """A borrower returns its connection, the newest of the idle ones from now on.
 
         It is to be closed instead when it is not *reusable*, was transient, was retired meanwhile, or
-        is one too many.
+        is one too many. What these books do not have in use changes nothing: a forked child returns what
+        its parent has borrowed.
         """
         with self._lock:
+            if entry not in self._in_use:
+                return NOTHING
             self._in_use.remove(entry)
             keep = reusable and not entry.retired and entry.kind is not _TRANSIENT
             if not keep or len(self._idle) + len(self._in_use) + self._connecting - self._transient >= self.pool_size:
@@ -267,21 +271,17 @@ class Ledger(Generic[K, C]):
 
     def _grant(self, key: K, kind: Kind, lost: Sequence[Entry[K, C]]) -> Entry[K, C] | None:
         idle = self._idle_of.get(key)
-        if idle is not None and kind is not _TRANSIENT:
-            entry = idle.pop()
-            if not idle:
-                del self._idle_of[key]
-            del self._idle[entry]
-            entry.kind = kind
-            entry.state = _IN_USE
-            self._in_use.add(entry)
-            self._hits += 1
-            entry.close = lost
-            return entry
-        if not self._has_room():
-            return None
-        entry = self._book(key, kind)
-        entry.close = [*lost, *self._evict_for(kind)]
+        if idle is None or kind is _TRANSIENT:
+            return self._permit(key, kind, lost) if self._has_room() else None
+        entry = idle.pop()
+        if not idle:
+            del self._idle_of[key]
+        del self._idle[entry]
+        entry.kind = kind
+        entry.state = _IN_USE
+        entry.close = lost
+        self._in_use.add(entry)
+        self._hits += 1
         return entry
 
     def _has_room(self) -> bool:
@@ -290,11 +290,13 @@ class Ledger(Generic[K, C]):
         open_or_opening = len(self._idle) + len(self._in_use) + self._connecting + self._closing
         return open_or_opening < self.max_connections or bool(self._idle)
 
-    def _book(self, key: K, kind: Kind) -> Entry[K, C]:
+    def _permit(self, key: K, kind: Kind, lost: Sequence[Entry[K, C]]) -> Entry[K, C]:
+        entry: Entry[K, C] = Entry(key, kind)
         self._attempts += 1
         self._connecting += 1
-        self._transient += kind is Kind.TRANSIENT
-        return Entry(key, kind)
+        self._transient += kind is _TRANSIENT
+        entry.close = [*lost, *self._evict_for(kind)]
+        return entry
 
     def _evict_for(self, kind: Kind) -> list[Entry[K, C]]:
         """Take out what has to go before a connection of *kind*, already booked, may be opened."""
@@ -327,9 +329,10 @@ class Ledger(Generic[K, C]):
         close = []
         while self._lost:
             entry = self._lost.popleft()
-            self._in_use.remove(entry)
-            self._reclaimed += 1
-            close.append(self._retire(entry))
+            if entry in self._in_use:
+                self._in_use.remove(entry)
+                self._reclaimed += 1
+                close.append(self._retire(entry))
         return close
 
     def _take(self, entry: Entry[K, C]) -> Entry[K, C]:

@@ -8,29 +8,31 @@ the dead ``fairy_ref`` that it comes back from a finaliser. ``tests/test_private
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from time import monotonic
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from psycopg.pq import TransactionStatus
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from .database import Database
-from .driver import DriverConnection
 from .errors import CheckoutTimeoutError, RepoDisposedError
 from .ledger import NOTHING, Entry, Kind, Ledger, State, Step, Wait
+
+if TYPE_CHECKING:
+    from .driver import DriverConnection
 
 Books: TypeAlias = "Ledger[object, CachedConnection]"
 
 logger: Final = logging.getLogger("shardrepo")
 
-_IDLE: Final = int(TransactionStatus.IDLE)
-_IN_TRANSACTION: Final = (int(TransactionStatus.INTRANS), int(TransactionStatus.INERROR))
+# libpq's PGTransactionStatusType, by number so that importing this module loads no driver
+# (https://www.postgresql.org/docs/current/libpq-status.html#LIBPQ-PQTRANSACTIONSTATUS).
+_IDLE: Final = 0
+_IN_TRANSACTION: Final = (2, 3)
 
 # DISCARD ALL without its DEALLOCATE ALL and DISCARD PLANS, so that prepared statements stay, in one round
 # trip (https://www.postgresql.org/docs/current/sql-discard.html).
@@ -43,25 +45,15 @@ RESET: Final = (
 class CachedConnection(_ConnectionRecord):
     """One connection of the cache, as SQLAlchemy's pools see it."""
 
-    __slots__ = ("entry", "ledger", "owner_pid", "vouched")
+    __slots__ = ("entry", "ledger", "vouched")
 
     dbapi_connection: DriverConnection | None  # type: ignore[assignment]  # no other driver comes here
 
     def __init__(self, pool: LedgerPool, entry: Entry[object, CachedConnection]) -> None:
         self.entry = entry
         self.ledger = pool.ledger
-        self.owner_pid = os.getpid()
         self.vouched = False
         super().__init__(pool)
-
-    def lend(self) -> None:
-        """Prepare for a new borrower, whose SQL is the user's own until somebody vouches for it."""
-        connection = self.dbapi_connection
-        if connection is not None:
-            if connection.autocommit:
-                connection.autocommit = False
-            connection.used = False
-        self.vouched = False
 
     def checkin(self, _fairy_was_created: bool = True) -> None:
         if not (_fairy_was_created and self.fairy_ref is not None and self.fairy_ref() is None):
@@ -70,28 +62,40 @@ class CachedConnection(_ConnectionRecord):
         # A finaliser runs this, perhaps inside the ledger's locked section: do no I/O, take no lock.
         self.fairy_ref = None
         self.finalize_callback.clear()
-        if self.owner_pid == os.getpid():
-            self.ledger.reclaimed(self.entry)
+        self.ledger.reclaimed(self.entry)
 
     def tidy(self) -> bool:
-        """End what the borrower left behind; False if the connection cannot be used again."""
+        """End what the borrower left behind; False if the connection cannot be used again.
+
+        A connection at rest is in no transaction, not in autocommit mode, unused and unvouched for.
+        """
         connection = self.dbapi_connection
         if connection is None:
             return False
+        status = connection.pgconn.transaction_status
+        if status == _IDLE and not connection.used:
+            return True
         try:
-            status = connection.pgconn.transaction_status
-            if status == _IDLE and (self.vouched or not connection.used):
-                return True
-            if status != _IDLE:
-                if status not in _IN_TRANSACTION:
-                    return False
+            if status in _IN_TRANSACTION:
                 connection.rollback()
+            elif status != _IDLE:
+                return False
             if not self.vouched:
                 _reset(connection)
+            self.rest()
         except Exception:
             logger.debug("a connection could not be reset and is closed", exc_info=True)
             return False
         return bool(connection.pgconn.transaction_status == _IDLE)
+
+    def rest(self) -> None:
+        """Forget what was said of the last borrower. Sends nothing."""
+        connection = self.dbapi_connection
+        assert connection is not None
+        if connection.autocommit:
+            connection.autocommit = False
+        connection.used = False
+        self.vouched = False
 
 
 class LedgerPool(Pool):
@@ -116,6 +120,7 @@ class LedgerPool(Pool):
         super().__init__(creator, reset_on_return=None, **kwargs)
         self.ledger = ledger
         self.database = database
+        self._key = database.key
         self.kind = kind
         self.checkout_timeout = checkout_timeout
         # Set by the cache: an engine lives as long as one of its connections does.
@@ -125,23 +130,18 @@ class LedgerPool(Pool):
         ledger = self.ledger
         if ledger.disposed:
             raise RepoDisposedError(f"cannot connect to {self.database.home}: this repo was disposed; define a new one")
-        grant = ledger.acquire(self.database.key, self.kind)
+        grant = ledger.acquire(self._key, self.kind)
         if isinstance(grant, Wait):
             grant = self._await(grant)
         try:
             if grant.close:
                 close(ledger, grant.close)
-            record = grant.connection or self._open(grant)
-            record.lend()
+            return grant.connection or self._open(grant)
         except BaseException:
             self._end(grant)
             raise
-        return record
 
-    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        assert type(record) is CachedConnection
-        if record.owner_pid != os.getpid():
-            return  # the parent's: its socket is not ours to touch
+    def _do_return_conn(self, record: CachedConnection) -> None:  # type: ignore[override]  # what _do_get gave
         reusable = False
         try:
             reusable = record.tidy()
@@ -152,6 +152,7 @@ class LedgerPool(Pool):
 
     def _open(self, entry: Entry[object, CachedConnection]) -> CachedConnection:
         record = CachedConnection(self, entry)
+        record.rest()
         perform(self.ledger, self.ledger.opened(entry, record))
         return record
 
@@ -197,15 +198,17 @@ class LedgerPool(Pool):
         return f"{self.database.home}: {self.ledger.stats()}"
 
 
-def vouch(connection: Connection, *, autocommit: bool) -> None:
-    """Say that only the library's own statements will run on *connection*, which leave nothing behind to reset.
+def vouch(connection: Connection) -> None:
+    """Say that only the library's own statements will run on *connection*: they leave nothing behind to reset."""
+    record_of(connection).vouched = True
 
-    With *autocommit*, each is committed by itself and no BEGIN is sent.
-    """
-    record = record_of(connection)
-    record.vouched = True
-    if autocommit and record.dbapi_connection is not None:
-        record.dbapi_connection.autocommit = True
+
+def autocommit(connection: Connection) -> None:
+    """Let each statement be committed by itself, without a BEGIN; nothing changes inside a transaction."""
+    if not connection.in_transaction():
+        dbapi_connection = record_of(connection).dbapi_connection
+        assert dbapi_connection is not None
+        dbapi_connection.autocommit = True
 
 
 def disown(connection: Connection) -> None:

@@ -27,9 +27,7 @@ class _Unconfigured:
     """Stands where a repo's router will be, until a subclass brings a config."""
 
     def __get__(self, instance: object, owner: type[Repo]) -> Router:
-        raise ConfigError(
-            f"{owner.__name__} has no config: define `class MyRepo(Repo, config={{...}})` and call that"
-        )
+        raise ConfigError(f"{owner.__name__} has no config: define `class MyRepo(Repo, config={{...}})` and call that")
 
 
 class Repo:
@@ -138,12 +136,12 @@ class Repo:
         Raises:
             ValueError: The key is None or does not fit.
         """
-        return cls._router.read(verbs.get, model, key)
+        return cls._router.get(model, key)
 
     @classmethod
     def get_one(cls, model: type[T], key: Any) -> T:
         """`get`; raises `sqlalchemy.exc.NoResultFound` when there is no such row."""
-        return cls._router.read(verbs.get_one, model, key)
+        return cls._router.get_one(model, key)
 
     @classmethod
     def get_by(cls, model: type[T], /, **columns: Any) -> T | None:
@@ -153,7 +151,8 @@ class Repo:
             ValueError: A column is unknown or its value is None, which would match nothing.
             MultipleResultsFound: SQLAlchemy's, when there is more than one.
         """
-        return cls._router.read(verbs.get_by, model, columns)
+        found: T | None = cls._router.read(verbs.get_by, model, columns)
+        return found
 
     @overload
     @classmethod
@@ -246,9 +245,7 @@ class Repo:
             StaleError: The row is gone, or has another version.
             WrongDatabaseError: The object belongs to another database.
         """
-        given = {**(changes or {}), **columns}
-        verbs.check_changes(obj, given)
-        cls._router.write(verbs.update, obj, given)
+        cls._router.update(obj, {**(changes or {}), **columns})
         return obj
 
     @classmethod

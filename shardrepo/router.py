@@ -14,9 +14,9 @@ from functools import cached_property, lru_cache
 from time import perf_counter
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
-from sqlalchemy import text
+from sqlalchemy import Column, text
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import NoResultFound, SQLAlchemyError
 from sqlalchemy.orm.exc import StaleDataError
 
 from . import verbs
@@ -25,7 +25,7 @@ from .context import Context, Transaction
 from .database import Choice, Chosen, Database, choose
 from .engines import ConnectionCache
 from .errors import NoDatabaseError, NotInTransactionError, StaleError, WrongDatabaseError
-from .pool import disown, vouch
+from .pool import autocommit, disown, vouch
 from .session import HomeSession, RoutedSession, Snapshot, state_of
 
 P = ParamSpec("P")
@@ -106,35 +106,62 @@ class Router:
 
     # Units of work
 
+    def get(self, model: type[T], key: Any) -> T | None:
+        """Load one object by its key: without a session, where that provably makes no difference."""
+        mapper = verbs.mapper_of(model)
+        parameters = verbs.key_parameters(mapper, key)
+        if not verbs.is_plain(mapper):
+            found: T | None = self.read(verbs.get, mapper, parameters)
+            return found
+        database = self.current
+        with self._connection(database) as connection:
+            autocommit(connection)
+            plain: T | None = verbs.get_plain(connection, database.home, mapper, parameters)
+            return plain
+
+    def get_one(self, model: type[T], key: Any) -> T:
+        """`get`, for a row that has to be there."""
+        found = self.get(model, key)
+        if found is None:
+            raise NoResultFound(f"no {model.__name__} with primary key {key!r} in {self.current.home}")
+        return found
+
     def read(self, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a verb that only reads: each of its statements by itself, or in the open transaction."""
         database = self.current
-        with self._unit(database) as session:
-            self._autocommit(session)
-            return verb(session, *args, **kwargs)
+        with self._connection(database) as connection:
+            autocommit(connection)
+            with _session(database, connection) as session:
+                return verb(session, *args, **kwargs)
 
     def run(self, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a verb with SQL of the user's own, each statement by itself, or in the open transaction."""
         database = self.current
-        with self._unit(database) as session:
-            self._autocommit(session)
-            disown(session.connection())
-            return verb(session, *args, **kwargs)
+        with self._connection(database) as connection:
+            autocommit(connection)
+            disown(connection)
+            with _session(database, connection) as session:
+                return verb(session, *args, **kwargs)
 
-    def write(
-        self, verb: Callable[Concatenate[HomeSession, Any, P], T], obj: Any, *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """Run a verb that writes *obj*; if it fails, *obj* and all it refers to are as they were."""
+    def write(self, verb: Callable[[HomeSession, Any], None], obj: Any) -> None:
+        """Run a verb that writes *obj*; if it fails, *obj* and what it refers to are as they were."""
+        self._write(verb, obj, {})
+
+    def update(self, obj: Any, changes: Mapping[str, Any]) -> None:
+        """Set attributes and write them; if that fails, everything is as it was."""
+        verbs.check_changes(obj, changes)
+        self._write(lambda session, obj: verbs.update(session, obj, changes), obj, changes)
+
+    def _write(self, verb: Callable[[HomeSession, Any], None], obj: Any, changes: Mapping[str, Any]) -> None:
         database = self.current
         deleting = verb is verbs.delete
-        snapshot = Snapshot(verbs.touched(obj, deleting=deleting))
+        snapshot = Snapshot(verbs.touched(obj, changes, deleting=deleting))
         try:
-            with self._unit(database) as session:
+            with self._connection(database) as connection, _session(database, connection) as session:
                 if verbs.is_single_statement(session, obj, deleting=deleting):
-                    self._autocommit(session)
-                result = verb(session, obj, *args, **kwargs)
+                    autocommit(connection)
+                verb(session, obj)
                 session.commit()
-                return result
         except BaseException as error:
             snapshot.restore()
             if isinstance(error, StaleDataError):
@@ -147,33 +174,27 @@ class Router:
 
     def write_rows(self, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a verb that writes rows without objects, in one transaction."""
-        with self._unit(self.current) as session:
+        database = self.current
+        with self._connection(database) as connection, _session(database, connection) as session:
             result = verb(session, *args, **kwargs)
             session.commit()
             return result
 
     @contextmanager
-    def _unit(self, database: Database) -> Iterator[HomeSession]:
-        """A session for one verb: on the caller's transaction, or on a connection of its own."""
+    def _connection(self, database: Database) -> Iterator[Connection]:
+        """The connection of the caller's transaction on *database*, else one of the cache's."""
         transaction = self.context.transaction(database)
         try:
             if transaction is not None:
-                with transaction.watch(), _session(database, transaction.connection) as session:
-                    yield session
+                with transaction.watch():
+                    yield transaction.connection
             else:
                 with self.cache.engine(database).connect() as connection:
-                    vouch(connection, autocommit=False)
-                    with _session(database, connection) as session:
-                        yield session
+                    vouch(connection)
+                    yield connection
         except SQLAlchemyError as error:
             error.add_note(f"database: {database.home}")
             raise
-
-    def _autocommit(self, session: HomeSession) -> None:
-        connection = session.bind
-        assert isinstance(connection, Connection)
-        if not connection.in_transaction():
-            vouch(connection, autocommit=True)
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
@@ -185,7 +206,7 @@ class Router:
                 yield joined
             return
         with self.cache.engine(database).connect() as connection:
-            vouch(connection, autocommit=False)
+            vouch(connection)
             with self.context.entered(database, connection) as transaction:
                 try:
                     yield transaction
@@ -231,7 +252,8 @@ class Router:
         """Open a connection, ask one question, close it; the seconds that it took."""
         begun = perf_counter()
         with self.cache.transient(self.current) as connection:
-            vouch(connection, autocommit=True)
+            vouch(connection)
+            autocommit(connection)
             connection.execute(text("SELECT 1"))
         return perf_counter() - begun
 
@@ -239,10 +261,10 @@ class Router:
         """Copy the columns of *obj* into a new object that can be inserted into *database*, and nowhere else."""
         state = state_of(obj)
         mapper = state.mapper
-        names = [mapper.get_property_by_column(column).key for column in mapper.columns if column in mapper.c.values()]
+        names = [prop.key for prop in mapper.column_attrs if isinstance(prop.columns[0], Column)]
         missing = [name for name in names if name not in state.dict and state.key is not None]
         if missing:
-            raise ValueError(f"cannot copy this {type(obj).__name__}: {', '.join(missing)} not loaded; load the object whole")
+            raise ValueError(f"cannot copy this {type(obj).__name__}: {', '.join(missing)} not loaded; load it whole")
         copy: T = mapper.class_manager.new_instance()
         for name in names:
             if name in state.dict:

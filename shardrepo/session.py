@@ -16,7 +16,8 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.inspection import inspect
-from sqlalchemy.orm import InstanceState, RelationshipDirection, Session
+from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection, Session
+from sqlalchemy.orm.attributes import instance_state
 
 from .database import Database
 from .errors import WrongDatabaseError
@@ -78,6 +79,16 @@ def check_graph(states: Iterable[InstanceState[Any]], home: str) -> None:
                 check_home(state_of(target), home)
 
 
+def load(mapper: Mapper[Any], values: Iterable[tuple[str, Any]], home: str) -> Any:
+    """Make the detached object that a session would make of these column values, loaded in *home*."""
+    obj = mapper.class_manager.new_instance()
+    state: InstanceState[Any] = instance_state(obj)
+    state.dict.update(values)
+    state.key = (*mapper.identity_key_from_instance(obj)[:2], home)
+    state.identity_token = home
+    return obj
+
+
 class HomeSession(Session):
     """A session whose objects all have one home; anything of another database is refused on its way in."""
 
@@ -119,15 +130,13 @@ class RoutedSession(HomeSession):
 
     def __init__(self, database: Database, bind: Engine | Connection, **options: Any) -> None:
         given = options.pop("execution_options", {})
-        super().__init__(
-            database.home, bind, execution_options={**given, "identity_token": database.home}, **options
-        )
+        super().__init__(database.home, bind, execution_options={**given, "identity_token": database.home}, **options)
         self.database = database
 
     def __repr__(self) -> str:
         return f"<RoutedSession {self.home}>"
 
-    def get_bind(self, mapper: Any = None, *, bind: Any = None, **kwargs: Any) -> Engine | Connection:
+    def get_bind(self, mapper: Any = None, *, bind: Any = None, **kwargs: Any) -> Engine | Connection:  # noqa: ARG002  # Session's
         """The engine or connection of this session's database; no other can be asked for."""
         own = self.bind
         assert own is not None
@@ -149,12 +158,12 @@ class RoutedSession(HomeSession):
         check_graph(graph(state_of(instance), "merge"), self.home)
         return super().merge(instance, **kwargs)
 
-    def bulk_save_objects(self, objects: Iterable[object], **kwargs: Any) -> None:
+    def bulk_save_objects(self, objects: Iterable[object], *args: Any, **kwargs: Any) -> None:
         """`Session.bulk_save_objects`; refuses objects of another database."""
         objects = list(objects)
         for obj in objects:
             check_home(state_of(obj), self.home)
-        super().bulk_save_objects(objects, **kwargs)
+        super().bulk_save_objects(objects, *args, **kwargs)
 
 
 class Snapshot:
@@ -166,7 +175,7 @@ class Snapshot:
 
     def __init__(self, states: Iterable[InstanceState[Any]]) -> None:
         self._saved = [
-            (state, _copied(state.__dict__), dict(state.dict), dict(state.committed_state), set(state.expired_attributes))
+            (state, _copied(state.__dict__), dict(state.dict), {**state.committed_state}, {*state.expired_attributes})
             for state in states
         ]
 

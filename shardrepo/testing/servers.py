@@ -9,6 +9,8 @@ This file is also the program of the watchdog that outlives its parent, which is
 standard library at the top: the watchdog must be running before there is anything to watch over.
 """
 
+# ruff: noqa: S603 - every command is a list of our own making, run without a shell
+
 from __future__ import annotations
 
 import atexit
@@ -81,9 +83,7 @@ _SETTINGS = {
 }
 
 _IPC_RMID = 0
-_STATEMENT = re.compile(
-    r"(?:statement|execute (?:fetch from )?(?P<prepared>.*?)(?:/.*?)?): (?P<sql>.*)", re.DOTALL
-)
+_STATEMENT = re.compile(r"(?:statement|execute (?:fetch from )?(?P<prepared>.*?)(?:/.*?)?): (?P<sql>.*)", re.DOTALL)
 
 _STATEMENT_LOG = {
     "log_statement": "all",
@@ -206,9 +206,7 @@ class Server:
     host = "127.0.0.1"
     username = _SUPERUSER
 
-    def __init__(
-        self, postgres: _Postgres, data_directory: Path, password: str, log_statements: bool
-    ) -> None:
+    def __init__(self, postgres: _Postgres, data_directory: Path, password: str, log_statements: bool) -> None:
         self._postgres = postgres
         self._log_statements = log_statements
         self._process: subprocess.Popen[bytes] | None = None
@@ -439,9 +437,7 @@ def count_statements(server: Server, *, database: str | None = None) -> Iterator
             sessions would take it up at a moment of their own, and their statements be missed until then.
     """
     if not server.log_statements:
-        raise ValueError(
-            f"{server!r} does not log its statements: start it with start_servers(log_statements=True)"
-        )
+        raise ValueError(f"{server!r} does not log its statements: start it with start_servers(log_statements=True)")
     counted = CountedStatements()
     offset = server._statement_log.stat().st_size
     begin = _mark(server)
@@ -559,9 +555,7 @@ class _Postgres:
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **_surroundings(), **_user()}
         done = subprocess.run(command, check=False, text=True, errors="replace", **output)
         if done.returncode:
-            raise ServerStartError(
-                f"{command[0]} failed with exit code {done.returncode}:\n{done.stdout[-2000:]}"
-            )
+            raise ServerStartError(f"{command[0]} failed with exit code {done.returncode}:\n{done.stdout[-2000:]}")
 
     def spawn(self, data: Path, port: int, log: BinaryIO) -> subprocess.Popen[bytes]:
         """Start a postmaster as the servers' user, in a session of its own: Ctrl-C is not for it."""
@@ -585,9 +579,7 @@ def _candidates() -> Iterator[Path]:
         yield Path(package) / "pginstall" / "bin"
     if config := shutil.which("pg_config"):
         yield Path(_output(config, "--bindir"))
-    numbered = [
-        folder for folder in Path("/usr/lib/postgresql").glob("*/bin") if folder.parent.name.isdigit()
-    ]
+    numbered = [folder for folder in Path("/usr/lib/postgresql").glob("*/bin") if folder.parent.name.isdigit()]
     yield from sorted(numbered, key=lambda folder: int(folder.parent.name), reverse=True)
 
 

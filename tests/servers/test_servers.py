@@ -321,12 +321,12 @@ def test_taken_port_is_replaced(monkeypatch: pytest.MonkeyPatch, three: Servers)
 
 def test_nothing_is_left_after_the_block() -> None:
     """At the end of the block no process, folder or shared memory segment is left, whatever its end."""
-    with pytest.raises(KeyboardInterrupt), start_servers(2, log_statements=True) as servers:
-        pids = [server.process_id or 0 for server in servers]
-        assert all(memory_segments(pid) for pid in pids)
-        assert len(processes_of(servers.directory)) > 4
-        with closing(servers[0].connect()):
-            raise KeyboardInterrupt
+    servers = start_servers(2, log_statements=True)
+    pids = [server.process_id or 0 for server in servers]
+    assert all(memory_segments(pid) for pid in pids)
+    assert len(processes_of(servers.directory)) > 4
+    with pytest.raises(KeyboardInterrupt), servers, closing(servers[0].connect()):
+        raise KeyboardInterrupt
     assert not servers.directory.exists()
     assert processes_of(servers.directory) == []
     assert not any(memory_segments(pid) for pid in pids)
@@ -418,7 +418,8 @@ with start_servers(2, log_statements=True) as servers:
     with servers[1].connect() as connection, count_statements(servers[1]) as counted:
         connection.execute("SELECT 1")
     owners = {os.stat(server.data_directory).st_uid for server in servers}
-    print(json.dumps([os.getuid(), list(owners), [s.sql for s in counted.statements], str(servers.directory)]))
+    statements = [one.sql for one in counted.statements]
+    print(json.dumps([os.getuid(), list(owners), statements, str(servers.directory)]))
 """
 
 
@@ -464,6 +465,7 @@ def _copy_python(folder: Path) -> Path:
             for libraries in Path(place).parent.glob(f"{package}.libs"):
                 shutil.copytree(libraries, folder / "packages" / libraries.name)
     typing_extensions = importlib.util.find_spec("typing_extensions")
-    assert typing_extensions is not None and typing_extensions.origin is not None
+    assert typing_extensions is not None
+    assert typing_extensions.origin is not None
     shutil.copy(typing_extensions.origin, folder / "packages")
     return folder / "bin" / name
