@@ -11,7 +11,7 @@ import hashlib
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Self, TypeAlias, TypedDict
+from typing import Any, Final, Self, TypeAlias, TypedDict, cast
 
 from sqlalchemy.engine import URL
 
@@ -263,7 +263,7 @@ def _check_port(value: object) -> int:
 
 def _check_password(value: object) -> Password:
     if callable(value):
-        return value
+        return cast("Callable[[], str]", value)
     if not isinstance(value, str):
         raise ConfigError(f"password must be a string or a callable, not {type(value).__name__}")
     if "\0" in value:

@@ -84,10 +84,10 @@ class SharedDialect(PGDialect_psycopg):
             driver_connection: Any = connection.connection.driver_connection
             self.server_version = driver_connection.info.server_version
 
-    def reset_isolation_level(self, dbapi_connection: Any) -> None:
+    def reset_isolation_level(self, dbapi_conn: Any) -> None:
         # To the database's own default, which may differ from the one that the first database had.
-        dbapi_connection.autocommit = False
-        dbapi_connection.isolation_level = None
+        dbapi_conn.autocommit = False
+        dbapi_conn.isolation_level = None
 
 
 registry.register("postgresql.shardrepo", __name__, "SharedDialect")

@@ -60,7 +60,7 @@ class Repo:
     # Choosing a database
 
     @classmethod
-    def set_database(cls, database: Chosen = ..., /, **options: Unpack[Options]) -> Choice | None:  # type: ignore[assignment]  # ... is "not given"
+    def set_database(cls, choice: Chosen = ..., /, **options: Unpack[Options]) -> Choice | None:  # type: ignore[assignment]  # ... is "not given"
         """Choose the database that later calls on this repo use.
 
         The choice belongs to the current context: this thread, or this asyncio task and the tasks that it
@@ -74,7 +74,7 @@ class Repo:
             >>> _ = MyRepo.set_database(before)
 
         Args:
-            database: A name, a mapping of options, a URL, a `Database`, or what this method returned;
+            choice: A name, a mapping of options, a URL, a `Database`, or what this method returned;
                 `DEFAULT` for the repo's default, None to choose nothing.
             **options: Some of host, port, database, username, password and query, instead.
 
@@ -85,7 +85,7 @@ class Repo:
             ConfigError: The arguments name no database. The choice stays as it was.
             WrongDatabaseError: A transaction is open on another database.
         """
-        return cls._router.set_database(_chosen(database, options))
+        return cls._router.set_database(_chosen(choice, options))
 
     @classmethod
     def get_database(cls) -> Database:
@@ -97,7 +97,7 @@ class Repo:
         return cls._router.current
 
     @classmethod
-    def using(cls, database: Chosen = ..., /, **options: Unpack[Options]) -> AbstractContextManager[None]:  # type: ignore[assignment]  # ... is "not given"
+    def using(cls, choice: Chosen = ..., /, **options: Unpack[Options]) -> AbstractContextManager[None]:  # type: ignore[assignment]  # ... is "not given"
         """Choose a database for a block, and restore what was chosen before on every way out.
 
             >>> with MyRepo.using("shard07"):
@@ -110,7 +110,7 @@ class Repo:
         Raises:
             ConfigError: The arguments name no database.
         """
-        return cls._router.context.using(_chosen(database, options))
+        return cls._router.context.using(_chosen(choice, options))
 
     @classmethod
     def carry(cls, function: Callable[P, T]) -> Callable[P, T]:
@@ -327,8 +327,8 @@ class Repo:
         return home_of(obj)
 
     @classmethod
-    def rehome(cls, obj: T, database: Chosen = None, /, **options: Unpack[Options]) -> T:
-        """Copy *obj* into a new object to be inserted into *database*, by default the current one.
+    def rehome(cls, obj: T, choice: Chosen = None, /, **options: Unpack[Options]) -> T:
+        """Copy *obj* into a new object to be inserted into another database, by default the current one.
 
         The copy has the values of all columns, the primary key included, and no relationships. It can be
         inserted into that database only.
@@ -336,7 +336,7 @@ class Repo:
         Raises:
             ValueError: A column is not loaded.
         """
-        return cls._router.rehome(obj, cls._router.named(database, options))
+        return cls._router.rehome(obj, cls._router.named(choice, options))
 
     # The connections
 
@@ -354,12 +354,12 @@ class Repo:
         return cls._router.ping()
 
     @classmethod
-    def disconnect(cls, database: Chosen = None, /, **options: Unpack[Options]) -> None:
-        """Close the cached connections to *database*, by default the current one, so that it can be dropped.
+    def disconnect(cls, choice: Chosen = None, /, **options: Unpack[Options]) -> None:
+        """Close the cached connections to a database, by default the current one, so that it can be dropped.
 
         Those in use are closed when they are returned.
         """
-        cls._router.cache.disconnect(cls._router.named(database, options))
+        cls._router.cache.disconnect(cls._router.named(choice, options))
 
     @classmethod
     def disconnect_all(cls) -> None:
@@ -375,9 +375,9 @@ class Repo:
         cls._router.cache.dispose()
 
 
-def _chosen(database: Any, options: Mapping[str, Any]) -> Choice | None:
-    if database is not ...:
-        return choose(database, options)
+def _chosen(choice: Any, options: Mapping[str, Any]) -> Choice | None:
+    if choice is not ...:
+        return choose(choice, options)
     if not options:
         raise ConfigError("no database given: pass a name or options, DEFAULT for the default, None to choose nothing")
     return choose(None, options)

@@ -133,7 +133,7 @@ def insert_all(session: HomeSession, model: Any, rows: Iterable[Mapping[str, Any
         if name not in mapper.columns:
             raise ValueError(f"{mapper.class_.__name__}: {unknown('column', name, mapper.columns.keys())}")
     if rows:
-        session.execute(sql_insert(mapper), rows)
+        session.execute(sql_insert(mapper.class_), rows)
     return BulkResult(len(rows), None)
 
 

@@ -87,13 +87,9 @@ class Postgres:
 
     def spawn(self, data: Path, port: int, log: BinaryIO) -> subprocess.Popen[bytes]:
         """Start a postmaster as the servers' user, in a session of its own: Ctrl-C is not for it."""
-        return subprocess.Popen(
-            [self.binaries / "postgres", "-D", data, "-p", str(port), "-c", f"cluster_name={title_of(data)}"],
-            stdout=log,
-            stderr=log,
-            **_surroundings(),
-            **_user(),
-        )
+        options = {"stdout": log, "stderr": log, **_surroundings(), **_user()}
+        command = [str(self.binaries / "postgres"), "-D", str(data), "-p", str(port)]
+        return subprocess.Popen([*command, "-c", f"cluster_name={title_of(data)}"], **options)
 
 
 def _candidates() -> Iterator[Path]:
