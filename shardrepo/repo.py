@@ -159,10 +159,10 @@ class Repo:
     def one(cls, query: type[T]) -> T: ...
     @overload
     @classmethod
-    def one(cls, query: Select[tuple[T]]) -> T: ...
+    def one(cls, query: Select[T]) -> T: ...
     @overload
     @classmethod
-    def one(cls, query: Select[Any]) -> Any: ...
+    def one(cls, query: Select[*tuple[Any, ...]]) -> Any: ...
     @classmethod
     def one(cls, query: Any) -> Any:
         """The only result of a `select` or a mapped class; `NoResultFound` or `MultipleResultsFound` else."""
@@ -173,10 +173,10 @@ class Repo:
     def one_or_none(cls, query: type[T]) -> T | None: ...
     @overload
     @classmethod
-    def one_or_none(cls, query: Select[tuple[T]]) -> T | None: ...
+    def one_or_none(cls, query: Select[T]) -> T | None: ...
     @overload
     @classmethod
-    def one_or_none(cls, query: Select[Any]) -> Any: ...
+    def one_or_none(cls, query: Select[*tuple[Any, ...]]) -> Any: ...
     @classmethod
     def one_or_none(cls, query: Any) -> Any:
         """`one`, or None when there is no result."""
@@ -187,22 +187,22 @@ class Repo:
     def all(cls, query: type[T]) -> list[T]: ...
     @overload
     @classmethod
-    def all(cls, query: Select[tuple[T]]) -> list[T]: ...
+    def all(cls, query: Select[T]) -> list[T]: ...
     @overload
     @classmethod
-    def all(cls, query: Select[Any]) -> list[Any]: ...
+    def all(cls, query: Select[*tuple[Any, ...]]) -> list[Any]: ...
     @classmethod
     def all(cls, query: Any) -> list[Any]:
         """All results of a `select` or a mapped class: values of one column, rows of several."""
         return cls._router.read(verbs.all_, query)
 
     @classmethod
-    def count(cls, query: type[Any] | Select[Any]) -> int:
+    def count(cls, query: type[Any] | Select[*tuple[Any, ...]]) -> int:
         """How many rows a `select` or a mapped class has; its limit and offset count."""
         return cls._router.read(verbs.count, query)
 
     @classmethod
-    def exists(cls, query: type[Any] | Select[Any]) -> bool:
+    def exists(cls, query: type[Any] | Select[*tuple[Any, ...]]) -> bool:
         """Whether a `select` or a mapped class has a row."""
         return cls._router.read(verbs.exists, query)
 

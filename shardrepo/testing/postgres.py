@@ -89,7 +89,7 @@ class Postgres:
         """Start a postmaster as the servers' user, in a session of its own: Ctrl-C is not for it."""
         options = {"stdout": log, "stderr": log, **_surroundings(), **_user()}
         command = [str(self.binaries / "postgres"), "-D", str(data), "-p", str(port)]
-        return subprocess.Popen([*command, "-c", f"cluster_name={title_of(data)}"], **options)
+        return subprocess.Popen([*command, "-c", f"cluster_name={title_of(data)}"], **options)  # pyright: ignore[reportReturnType]  # options hide the overload
 
 
 def _candidates() -> Iterator[Path]:

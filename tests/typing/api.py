@@ -1,0 +1,51 @@
+"""What a type checker must infer of the public API. Checked by `make types`, never imported."""
+
+from __future__ import annotations
+
+from typing import assert_type
+
+from sqlalchemy import select
+from sqlalchemy.engine import Engine
+
+from shardrepo import BulkResult, Choice, Database, Repo, RoutedSession, Stats
+
+from ..models import User
+
+
+class AppRepo(Repo, config="postgresql+psycopg://app@db01/app"):
+    """A repo as an application defines it."""
+
+
+user = AppRepo.insert(User(name="Ada"))
+
+assert_type(user, User)
+assert_type(AppRepo.get(User, 1), User | None)
+assert_type(AppRepo.get_one(User, 1), User)
+assert_type(AppRepo.get_by(User, name="Ada"), User | None)
+assert_type(AppRepo.one(User), User)
+assert_type(AppRepo.one(select(User)), User)
+assert_type(AppRepo.one_or_none(select(User.name)), str | None)
+assert_type(AppRepo.all(User), list[User])
+assert_type(AppRepo.all(select(User.id)), list[int])
+assert_type(AppRepo.count(User), int)
+assert_type(AppRepo.exists(select(User)), bool)
+assert_type(AppRepo.insert_all(User, [{"name": "Ada"}]), BulkResult)
+assert_type(AppRepo.update(user, name="Grace"), User)
+assert_type(AppRepo.delete(user), User)
+assert_type(AppRepo.rehome(user, "shard02"), User)
+assert_type(AppRepo.home(user), str | None)
+assert_type(AppRepo.set_database("shard02"), Choice | None)
+assert_type(AppRepo.set_database(host="db02", database="shard201"), Choice | None)
+assert_type(AppRepo.get_database(), Database)
+assert_type(AppRepo.session(), RoutedSession)
+assert_type(AppRepo.engine(), Engine)
+assert_type(AppRepo.stats(), Stats)
+
+
+@AppRepo.carry
+def length(text: str) -> int:
+    """A function that is carried keeps its signature."""
+    return len(text)
+
+
+assert_type(length("a"), int)
