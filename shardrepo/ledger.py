@@ -12,6 +12,7 @@ whatever the caller says it is; a key is all that makes two of them interchangea
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
@@ -122,16 +123,19 @@ class Ledger(Generic[K, C]):
         self._begin()
 
     def _begin(self) -> None:
-        # Guards everything below. Held for a few dozen bytecodes at a time, never during I/O.
-        self._lock = threading.Lock()
+        # Guards everything below. Held for a few dozen bytecodes at a time, never during I/O. Reentrant only
+        # so that a step can see that a finaliser called it, which the collector runs inside another step.
+        self._lock = threading.RLock()
+        self._in_step: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]  # as Condition uses it
         # All idle entries, least recently returned first; per key the same entries in the same order, so
         # that the one to evict is always the first of its key.
         self._idle: OrderedDict[Entry[K, C], None] = OrderedDict()
         self._idle_of: dict[K, list[Entry[K, C]]] = {}
         self._in_use: set[Entry[K, C]] = set()
+        self._connecting: set[Entry[K, C]] = set()
         self._waiting: deque[Wait[K, C]] = deque()
         self.disposed = False
-        self._connecting = self._closing = self._transient = 0
+        self._closing = self._transient = 0
         self._attempts = self._failed = self._closed = 0
         self._hits = self._evictions = self._reclaimed = 0
 
@@ -144,7 +148,13 @@ class Ledger(Generic[K, C]):
         with the connections that must be closed first to stay within the target: closing them is the
         caller's job, after the lock is gone. When a hard bound leaves no room, a place in the queue,
         with a *turn* that is set, outside the lock and from any thread, when it has been granted.
+
+        Raises:
+            RuntimeError: The collector runs a finaliser inside a step of this ledger, and that asks for a
+                connection: it would have to wait for the thread that it interrupts.
         """
+        if self._in_step():
+            raise RuntimeError("a finaliser asked for a connection while the cache was at its books: open none in one")
         with self._lock:
             lost = self._take_over_lost() if self._lost else ()
             grant = None if self._waiting else self._grant(key, kind, lost)
@@ -157,7 +167,7 @@ class Ledger(Generic[K, C]):
     def opened(self, entry: Entry[K, C], connection: C) -> Step[K, C]:
         """A permit's connect succeeded; *connection* is in use by its caller."""
         with self._lock:
-            self._connecting -= 1
+            self._connecting.remove(entry)
             entry.connection = connection
             entry.state = State.IN_USE
             entry.retired = entry.retired or self.disposed
@@ -167,7 +177,7 @@ class Ledger(Generic[K, C]):
     def failed(self, entry: Entry[K, C]) -> Step[K, C]:
         """A permit came to nothing: its connect failed or was never begun."""
         with self._lock:
-            self._connecting -= 1
+            self._connecting.remove(entry)
             self._failed += 1
             self._forget(entry)
             return self._settle(())
@@ -176,15 +186,21 @@ class Ledger(Generic[K, C]):
         """A borrower returns its connection, the newest of the idle ones from now on.
 
         It is to be closed instead when it is not *reusable*, was transient, was retired meanwhile, or
-        is one too many. What these books do not have in use changes nothing: a forked child returns what
-        its parent has borrowed.
+        is one too many; and when a finaliser returns it, see `reclaimed`. What these books do not have in
+        use changes nothing: a forked child returns what its parent has borrowed.
         """
+        if self._in_step():
+            self.reclaimed(entry)
+            return NOTHING
         with self._lock:
             if entry not in self._in_use:
                 return NOTHING
             self._in_use.remove(entry)
             keep = reusable and not entry.retired and entry.kind is not _TRANSIENT
-            if not keep or len(self._idle) + len(self._in_use) + self._connecting - self._transient >= self.pool_size:
+            if (
+                not keep
+                or len(self._idle) + len(self._in_use) + len(self._connecting) - self._transient >= self.pool_size
+            ):
                 return self._settle((self._retire(entry),))
             entry.state = _IDLE
             self._idle[entry] = None
@@ -219,10 +235,10 @@ class Ledger(Generic[K, C]):
 
     def discard(self, key: K | None = None) -> Step[K, C]:
         """Give up every connection of *key*, of all keys if None: idle ones are to be closed now, those
-        in use when they are returned."""
+        in use, or being opened, when they are returned."""
         with self._lock:
             idle = list(self._idle if key is None else self._idle_of.get(key, ()))
-            for entry in self._in_use:
+            for entry in (*self._in_use, *self._connecting):
                 entry.retired = entry.retired or key is None or entry.key == key
             return self._settle([self._take(entry) for entry in idle])
 
@@ -251,7 +267,7 @@ class Ledger(Generic[K, C]):
                 pool_size=self.pool_size,
                 idle=len(self._idle),
                 in_use=len(self._in_use),
-                connecting=self._connecting,
+                connecting=len(self._connecting),
                 closing=self._closing,
                 waiting=len(self._waiting),
                 transient=self._transient,
@@ -267,7 +283,7 @@ class Ledger(Generic[K, C]):
 
     def _kept(self) -> int:
         """The connections that count towards the target."""
-        return len(self._idle) + len(self._in_use) + self._connecting - self._transient
+        return len(self._idle) + len(self._in_use) + len(self._connecting) - self._transient
 
     def _grant(self, key: K, kind: Kind, lost: Sequence[Entry[K, C]]) -> Entry[K, C] | None:
         idle = self._idle_of.get(key)
@@ -285,32 +301,29 @@ class Ledger(Generic[K, C]):
         return entry
 
     def _has_room(self) -> bool:
+        return self._excess() < 0 or bool(self._idle)
+
+    def _excess(self) -> float:
+        """How far everything that is open, or may still be, is above the hard bound; negative below it."""
         if self.max_connections is None:
-            return True
-        open_or_opening = len(self._idle) + len(self._in_use) + self._connecting + self._closing
-        return open_or_opening < self.max_connections or bool(self._idle)
+            return -math.inf
+        return len(self._idle) + len(self._in_use) + len(self._connecting) + self._closing - self.max_connections
 
     def _permit(self, key: K, kind: Kind, lost: Sequence[Entry[K, C]]) -> Entry[K, C]:
         entry: Entry[K, C] = Entry(key, kind)
         self._attempts += 1
-        self._connecting += 1
+        self._connecting.add(entry)
         self._transient += kind is _TRANSIENT
         entry.close = [*lost, *self._evict_for(kind)]
         return entry
 
     def _evict_for(self, kind: Kind) -> list[Entry[K, C]]:
         """Take out what has to go before a connection of *kind*, already booked, may be opened."""
-        evicted = []
-        while self._idle and self._over(kind):
-            evicted.append(self._take(next(iter(self._idle))))
-        self._evictions += len(evicted)
-        return evicted
-
-    def _over(self, kind: Kind) -> bool:
-        if kind is not Kind.TRANSIENT and self._kept() > self.pool_size:
-            return True
-        everything = len(self._idle) + len(self._in_use) + self._connecting
-        return self.max_connections is not None and everything > self.max_connections
+        over_bound = self._excess()
+        over_target = 0 if kind is _TRANSIENT else self._kept() - self.pool_size
+        number = min(max(over_bound, over_target, 0), len(self._idle))
+        self._evictions += int(number)
+        return [self._take(next(iter(self._idle))) for _ in range(int(number))]
 
     def _settle(self, close: Sequence[Entry[K, C]]) -> Step[K, C]:
         """End a step: take over what was lost, and serve those who wait, oldest first."""

@@ -127,15 +127,13 @@ class LedgerPool(Pool):
         self.engine: Engine | None = None
 
     def _do_get(self) -> ConnectionPoolEntry:
-        ledger = self.ledger
-        if ledger.disposed:
-            raise RepoDisposedError(f"cannot connect to {self.database.home}: this repo was disposed; define a new one")
-        grant = ledger.acquire(self._key, self.kind)
+        grant = self.ledger.acquire(self._key, self.kind)
         if isinstance(grant, Wait):
             grant = self._await(grant)
+        if grant.connection is not None and not grant.close:
+            return grant.connection
         try:
-            if grant.close:
-                close(ledger, grant.close)
+            self._close(grant)
             return grant.connection or self._open(grant)
         except BaseException:
             self._end(grant)
@@ -151,13 +149,20 @@ class LedgerPool(Pool):
                 perform(self.ledger, step)
 
     def _open(self, entry: Entry[object, CachedConnection]) -> CachedConnection:
+        if self.ledger.disposed:
+            raise RepoDisposedError(f"cannot connect to {self.database.home}: this repo was disposed; define a new one")
         record = CachedConnection(self, entry)
         record.rest()
         perform(self.ledger, self.ledger.opened(entry, record))
         return record
 
+    def _close(self, grant: Entry[object, CachedConnection]) -> None:
+        doomed, grant.close = grant.close, ()
+        close(self.ledger, doomed)
+
     def _end(self, entry: Entry[object, CachedConnection]) -> None:
-        """Give a grant back that nobody will use."""
+        """Give a grant back that nobody will use, and close what it asked to have closed."""
+        self._close(entry)
         if entry.state is State.CONNECTING:
             perform(self.ledger, self.ledger.failed(entry))
         elif entry.state is State.IN_USE:
@@ -165,18 +170,23 @@ class LedgerPool(Pool):
 
     def _await(self, wait: Wait[object, CachedConnection]) -> Entry[object, CachedConnection]:
         begun = monotonic()
-        close(self.ledger, wait.close)
-        assert isinstance(wait.turn, threading.Event)
-        if not wait.turn.wait(self.checkout_timeout) and self.ledger.give_up(wait) is None:
-            stats = self.ledger.stats()
-            raise CheckoutTimeoutError(
-                f"no connection to {self.database.home} within {monotonic() - begun:.1f} s: {stats.in_use} in use, "
-                f"{stats.connecting} connecting, max_connections={self.ledger.max_connections}, {stats.waiting} "
-                "waiting. Hold connections for less time, or raise max_connections",
-                database=self.database,
-            )
-        assert wait.grant is not None
-        return wait.grant
+        try:
+            close(self.ledger, wait.close)
+            assert isinstance(wait.turn, threading.Event)
+            wait.turn.wait(self.checkout_timeout)
+        except BaseException:
+            if (granted := self.ledger.give_up(wait)) is not None:
+                self._end(granted)
+            raise
+        if (granted := self.ledger.give_up(wait)) is not None:
+            return granted
+        stats = self.ledger.stats()
+        raise CheckoutTimeoutError(
+            f"no connection to {self.database.home} within {monotonic() - begun:.1f} s: {stats.in_use} in use, "
+            f"{stats.connecting} connecting, max_connections={self.ledger.max_connections}, {stats.waiting} "
+            "waiting. Hold connections for less time, or raise max_connections",
+            database=self.database,
+        )
 
     def recreate(self) -> LedgerPool:
         return LedgerPool(
