@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -15,6 +14,9 @@ from .database import ADDRESS_PARAMETERS, Choice, Database, Options, checked, da
 from .errors import ConfigError, NoDatabaseError, unknown
 
 ConfigSource: TypeAlias = "str | URL | Mapping[str, Any] | Callable[[], str | URL | Mapping[str, Any]]"
+
+# A day; what the system can wait for at once ends somewhere above.
+MAX_TIMEOUT: Final = 86_400
 
 _ADDRESS: Final = frozenset(Options.__annotations__)
 
@@ -102,7 +104,7 @@ class Config:
 
 def _address_of(settings: dict[str, Any]) -> Mapping[str, Any]:
     """Take the address out of *settings*: a URL, single options, or both where they agree."""
-    options = _options_of(settings.pop("url", None))
+    options = _options_of(settings.pop("url")) if "url" in settings else {}
     if (driver := settings.pop("drivername", None)) is not None:
         options_of_url(URL.create(_checked_text("drivername", driver)))
     given = {name: settings.pop(name) for name in list(settings) if name in _ADDRESS}
@@ -115,15 +117,14 @@ def _address_of(settings: dict[str, Any]) -> Mapping[str, Any]:
 
 
 def _options_of(url: object) -> dict[str, Any]:
-    if url is None:
-        return {}
     if not isinstance(url, str | URL):
         raise ConfigError(f"a config is a URL, a mapping or a callable that returns one, not {type(url).__name__}")
     try:
-        return options_of_url(make_url(url))
-    except ArgumentError:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
         # The text is not repeated: what cannot be parsed may hold a password anywhere.
         raise ConfigError("the config's url cannot be parsed: write postgresql+psycopg://user@host/name") from None
+    return options_of_url(parsed)
 
 
 def _checked_text(name: str, value: object) -> str:
@@ -143,8 +144,8 @@ def _checked_pool_size(value: object) -> int:
 def _checked_timeout(value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ConfigError(f"connect_timeout must be a number of seconds, not {type(value).__name__} {value!r}")
-    if not 0 < value < math.inf:
-        raise ConfigError(f"connect_timeout={value} cannot be kept: give a positive number of seconds")
+    if not 0 < value <= MAX_TIMEOUT:
+        raise ConfigError(f"connect_timeout={value} cannot be kept: give seconds, above 0 and up to {MAX_TIMEOUT}")
     return float(value)
 
 

@@ -279,7 +279,7 @@ class Context:
 
     def carry(self, function: Callable[P, T]) -> Callable[P, T]:
         """Wrap *function* so that it runs with this context's choice in whatever thread calls it."""
-        if iscoroutinefunction(function) or isgeneratorfunction(function) or isasyncgenfunction(function):
+        if _runs_later(function) or _runs_later(getattr(type(function), "__call__", None)):  # noqa: B004  # an async one
             raise TypeError(
                 f"carry() takes a plain function, and {function!r} runs after it has returned: "
                 "use `with repo.using(...)` inside it"
@@ -298,6 +298,10 @@ class Context:
                 self._transaction.set(outer)
 
         return carried
+
+
+def _runs_later(function: object) -> bool:
+    return iscoroutinefunction(function) or isgeneratorfunction(function) or isasyncgenfunction(function)
 
 
 def _current_task() -> Any:

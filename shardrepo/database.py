@@ -11,7 +11,7 @@ import hashlib
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Self, TypeAlias, TypedDict, cast
+from typing import Any, Final, NoReturn, Self, TypeAlias, TypedDict, cast
 
 from sqlalchemy.engine import URL
 
@@ -45,6 +45,37 @@ class Options(TypedDict, total=False):
     query: Mapping[str, str]
 
 
+class Secret:
+    """A password that shows itself to nobody who does not ask: not in a repr, a copy's repr or a pickle."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """The password."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "***"
+
+    def __eq__(self, other: object) -> bool:
+        return self._value == (other._value if isinstance(other, Secret) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a password is not pickled: the process that needs it has a config of its own")
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Database:
     """The address of one real database.
@@ -67,11 +98,13 @@ class Database:
     name: str
     username: str | None = None
     query: tuple[tuple[str, str], ...] = ()
-    password: Password | None = field(default=None, compare=False)
+    password: Password | Secret | None = field(default=None, compare=False)
     home: str = field(init=False, compare=False)
     key: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.password, str):
+            object.__setattr__(self, "password", Secret(self.password))
         object.__setattr__(self, "home", f"{self.server}/{self.name}")
         # One string, because it is looked up at every checkout and strings remember their hash.
         address = (self.host, self.port, self.name, self.username, self.query, _digest(self.password))
@@ -123,7 +156,7 @@ class Choice:
     def __repr__(self) -> str:
         if self.database is not None:
             return f"<Choice {self.database!r}>"
-        shown = ", ".join(f"{key}={'***' if key == 'password' else repr(value)}" for key, value in self.options)
+        shown = ", ".join(f"{key}={value!r}" for key, value in self.options)
         return f"<Choice {shown or 'default'}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -200,7 +233,7 @@ def options_of_url(url: URL) -> dict[str, Any]:
     query = dict(url.query)
     given: dict[str, Any] = {
         "host": url.host or query.pop("host", None),
-        "port": url.port or _port_of(query.pop("port", None)),
+        "port": url.port if url.port is not None else _port_of(query.pop("port", None)),
         "database": url.database,
         "username": url.username,
         "password": url.password,
@@ -214,12 +247,12 @@ def _port_of(text: object) -> object:
     return int(text) if isinstance(text, str) and text.isdecimal() else text
 
 
-def _digest(password: Password | None) -> int | bytes | None:
+def _digest(password: Password | Secret | None) -> int | bytes | None:
     # A callable stands for whatever it returns at the next connect, so it is its own identity. It cannot be
     # taken for a later one at the same place in memory: whatever is found by a key holds its Database.
-    if password is None or callable(password):
+    if not isinstance(password, Secret):
         return None if password is None else id(password)
-    return hashlib.blake2b(password.encode(), key=_DIGEST_KEY, digest_size=16).digest()
+    return hashlib.blake2b(password.reveal().encode(), key=_DIGEST_KEY, digest_size=16).digest()
 
 
 def _text(name: str, value: object) -> str:
@@ -261,26 +294,24 @@ def _check_port(value: object) -> int:
     return value
 
 
-def _check_password(value: object) -> Password:
+def _check_password(value: object) -> Callable[[], str] | Secret:
     if callable(value):
         return cast("Callable[[], str]", value)
     if not isinstance(value, str):
         raise ConfigError(f"password must be a string or a callable, not {type(value).__name__}")
     if "\0" in value:
         raise ConfigError("the password contains a NUL character, which PostgreSQL cannot be sent")
-    return value
+    return Secret(value)
 
 
 def _check_query(value: object) -> tuple[tuple[str, str], ...]:
-    if isinstance(value, tuple):
-        return value
     if not isinstance(value, Mapping):
         raise ConfigError(f"query must be a mapping of libpq parameters, not {type(value).__name__} {value!r}")
     for name, text in value.items():
         if name in ADDRESS_PARAMETERS:
             raise ConfigError(f"query must not say where to connect: move {name!r} to the options of that purpose")
-        if not isinstance(text, str):
-            raise ConfigError(f"query parameter {name!r} must be a string, not {type(text).__name__} {text!r}")
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ConfigError(f"query parameter {name!r} must be a string and have one as name, not {text!r}")
     return tuple(sorted(value.items()))
 
 

@@ -20,8 +20,9 @@ from psycopg import pq
 from psycopg.abc import AdaptContext
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import make_conninfo
+from psycopg.rows import tuple_row
 
-from .database import Database
+from .database import Database, Secret
 from .errors import (
     AuthenticationError,
     ConfigError,
@@ -56,6 +57,14 @@ _ERROR_OF: Final[Mapping[str, tuple[type[ConnectError], str]]] = {
 }
 
 
+# DISCARD ALL without its DEALLOCATE ALL and DISCARD PLANS, so that prepared statements stay, in one round
+# trip (https://www.postgresql.org/docs/current/sql-discard.html).
+_RESET: Final = (
+    "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; "
+    "SELECT pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES"
+)
+
+
 class DriverConnection(psycopg.Connection[Any]):
     """A psycopg connection that knows whether it was used, and whose it is.
 
@@ -72,6 +81,16 @@ class DriverConnection(psycopg.Connection[Any]):
             raise psycopg.OperationalError("this connection belongs to the parent process, which opened it")
         self.used = True
         return super().wait(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Undo whatever SQL, or a setting of this object, may have left in the session. One round trip."""
+        self.isolation_level = None
+        self.read_only = None
+        self.deferrable = None
+        self.autocommit = True
+        self.row_factory = tuple_row
+        self.cursor_factory = psycopg.Cursor
+        self.execute(_RESET, prepare=False)
 
     def rollback(self) -> None:
         if self._pid == os.getpid():
@@ -160,7 +179,8 @@ def _ready(socket: int, event: int, deadline: float) -> bool:
 def _conninfo(target: Target) -> bytes:
     database = target.database
     password = database.password() if callable(database.password) else database.password
-    if password is not None and (not isinstance(password, str) or "\0" in password):
+    text = password.reveal() if isinstance(password, Secret) else password
+    if text is not None and (not isinstance(text, str) or "\0" in text):
         raise ConfigError(f"the password callable of {database.home} must return a string without NUL characters")
     parameters = {name: value for name, value in target.connect_args.items() if name != "prepare_threshold"}
     try:
@@ -171,7 +191,7 @@ def _conninfo(target: Target) -> bytes:
             port=database.port,
             dbname=database.name,
             user=database.username,
-            password=password,
+            password=text,
             application_name=target.application_name,
             **dict(database.query),
             **parameters,

@@ -67,7 +67,7 @@ class Entry(Generic[K, C]):
     caller has to close first.
     """
 
-    __slots__ = ("close", "connection", "key", "kind", "retired", "state")
+    __slots__ = ("close", "connection", "key", "kind", "retired", "state", "succeeded")
 
     def __init__(self, key: K, kind: Kind) -> None:
         self.key = key
@@ -75,6 +75,8 @@ class Entry(Generic[K, C]):
         self.state = _CONNECTING
         self.connection: C | None = None
         self.retired = False
+        # Whether a permit stands for this entry's place already, while it is being closed.
+        self.succeeded = False
         self.close: Sequence[Entry[K, C]] = ()
 
     def __repr__(self) -> str:
@@ -135,7 +137,7 @@ class Ledger(Generic[K, C]):
         self._connecting: set[Entry[K, C]] = set()
         self._waiting: deque[Wait[K, C]] = deque()
         self.disposed = False
-        self._closing = self._transient = 0
+        self._closing = self._succeeded = self._transient = 0
         self._attempts = self._failed = self._closed = 0
         self._hits = self._evictions = self._reclaimed = 0
 
@@ -223,6 +225,7 @@ class Ledger(Generic[K, C]):
         with self._lock:
             self._closing -= 1
             self._closed += 1
+            self._succeeded -= entry.succeeded
             self._forget(entry)
             return self._settle(())
 
@@ -304,10 +307,14 @@ class Ledger(Generic[K, C]):
         return self._excess() < 0 or bool(self._idle)
 
     def _excess(self) -> float:
-        """How far everything that is open, or may still be, is above the hard bound; negative below it."""
+        """How far everything that is open, or may still be, is above the hard bound; negative below it.
+
+        A permit and the victim that is closed before its connect take one place together.
+        """
         if self.max_connections is None:
             return -math.inf
-        return len(self._idle) + len(self._in_use) + len(self._connecting) + self._closing - self.max_connections
+        closing = self._closing - self._succeeded
+        return len(self._idle) + len(self._in_use) + len(self._connecting) + closing - self.max_connections
 
     def _permit(self, key: K, kind: Kind, lost: Sequence[Entry[K, C]]) -> Entry[K, C]:
         entry: Entry[K, C] = Entry(key, kind)
@@ -319,11 +326,14 @@ class Ledger(Generic[K, C]):
 
     def _evict_for(self, kind: Kind) -> list[Entry[K, C]]:
         """Take out what has to go before a connection of *kind*, already booked, may be opened."""
-        over_bound = self._excess()
         over_target = 0 if kind is _TRANSIENT else self._kept() - self.pool_size
-        number = min(max(over_bound, over_target, 0), len(self._idle))
-        self._evictions += int(number)
-        return [self._take(next(iter(self._idle))) for _ in range(int(number))]
+        number = min(int(max(self._excess(), over_target, 0)), len(self._idle))
+        victims = [self._take(next(iter(self._idle))) for _ in range(number)]
+        self._evictions += number
+        for first in victims[:1]:
+            first.succeeded = True
+            self._succeeded += 1
+        return victims
 
     def _settle(self, close: Sequence[Entry[K, C]]) -> Step[K, C]:
         """End a step: take over what was lost, and serve those who wait, oldest first."""

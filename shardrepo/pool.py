@@ -34,35 +34,44 @@ logger: Final = logging.getLogger("shardrepo")
 _IDLE: Final = 0
 _IN_TRANSACTION: Final = (2, 3)
 
-# DISCARD ALL without its DEALLOCATE ALL and DISCARD PLANS, so that prepared statements stay, in one round
-# trip (https://www.postgresql.org/docs/current/sql-discard.html).
-RESET: Final = (
-    "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; "
-    "SELECT pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES"
-)
-
 
 class CachedConnection(_ConnectionRecord):
     """One connection of the cache, as SQLAlchemy's pools see it."""
 
-    __slots__ = ("entry", "ledger", "vouched")
+    __slots__ = ("entry", "ledger", "pool", "vouched")
 
     dbapi_connection: DriverConnection | None  # type: ignore[assignment]  # no other driver comes here
 
     def __init__(self, pool: LedgerPool, entry: Entry[object, CachedConnection]) -> None:
         self.entry = entry
+        self.pool = pool
         self.ledger = pool.ledger
         self.vouched = False
         super().__init__(pool)
 
     def checkin(self, _fairy_was_created: bool = True) -> None:
-        if not (_fairy_was_created and self.fairy_ref is not None and self.fairy_ref() is None):
+        fairy = self.fairy_ref
+        if fairy is not None and fairy() is None and _fairy_was_created:
+            # A finaliser runs this, perhaps inside the ledger's locked section: do no I/O, take no lock.
+            self.fairy_ref = None
+            self.finalize_callback.clear()
+            self.ledger.reclaimed(self.entry)
+        elif fairy is None or self.finalize_callback or self.pool.dispatch.checkin:
             _ConnectionRecord.checkin(self, _fairy_was_created)
-            return
-        # A finaliser runs this, perhaps inside the ledger's locked section: do no I/O, take no lock.
-        self.fairy_ref = None
-        self.finalize_callback.clear()
-        self.ledger.reclaimed(self.entry)
+        else:
+            # What SQLAlchemy's own comes down to when nobody listens, without its three calls.
+            self.fairy_ref = None
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Return to the cache, or be closed if that cannot be."""
+        reusable = False
+        try:
+            reusable = self.tidy()
+        finally:
+            step = self.ledger.release(self.entry, reusable)
+            if step is not NOTHING:
+                perform(self.ledger, step)
 
     def tidy(self) -> bool:
         """End what the borrower left behind; False if the connection cannot be used again.
@@ -81,7 +90,7 @@ class CachedConnection(_ConnectionRecord):
             elif status != _IDLE:
                 return False
             if not self.vouched:
-                _reset(connection)
+                connection.reset()
             self.rest()
         except Exception:
             logger.debug("a connection could not be reset and is closed", exc_info=True)
@@ -140,13 +149,7 @@ class LedgerPool(Pool):
             raise
 
     def _do_return_conn(self, record: CachedConnection) -> None:  # type: ignore[override]  # what _do_get gave
-        reusable = False
-        try:
-            reusable = record.tidy()
-        finally:
-            step = self.ledger.release(record.entry, reusable)
-            if step is not NOTHING:
-                perform(self.ledger, step)
+        record.give_back()
 
     def _open(self, entry: Entry[object, CachedConnection]) -> CachedConnection:
         if self.ledger.disposed:
@@ -254,14 +257,3 @@ def _close(ledger: Books, entry: Entry[object, CachedConnection]) -> None:
             entry.connection.close()
     finally:
         perform(ledger, ledger.closed(entry))
-
-
-def _reset(connection: DriverConnection) -> None:
-    if connection.isolation_level is not None:
-        connection.isolation_level = None
-    if connection.read_only is not None:
-        connection.read_only = None
-    if connection.deferrable is not None:
-        connection.deferrable = None
-    connection.autocommit = True
-    connection.execute(RESET, prepare=False)

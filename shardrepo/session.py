@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import event
@@ -17,7 +18,8 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.inspection import inspect
 from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection, Session
-from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.attributes import instance_state, set_committed_value
+from sqlalchemy.orm.collections import collection_adapter
 
 from .database import Database
 from .errors import WrongDatabaseError
@@ -93,7 +95,9 @@ class HomeSession(Session):
     """A session whose objects all have one home; anything of another database is refused on its way in."""
 
     def __init__(self, home: str, bind: Engine | Connection, **options: Any) -> None:
-        super().__init__(bind, **options)
+        # An option of the session, so that what is loaded along with a query's objects gets the token too.
+        given = options.pop("execution_options", {})
+        super().__init__(bind, execution_options={**given, "identity_token": home}, **options)
         self.home = home
         # Objects that got their token here, to lose it again should they become transient.
         self._stamped: weakref.WeakSet[InstanceState[Any]] = weakref.WeakSet()
@@ -129,8 +133,7 @@ class RoutedSession(HomeSession):
     """
 
     def __init__(self, database: Database, bind: Engine | Connection, **options: Any) -> None:
-        given = options.pop("execution_options", {})
-        super().__init__(database.home, bind, execution_options={**given, "identity_token": database.home}, **options)
+        super().__init__(database.home, bind, **options)
         self.database = database
 
     def __repr__(self) -> str:
@@ -169,25 +172,53 @@ class RoutedSession(HomeSession):
 class Snapshot:
     """Objects as they were before a verb touched them, to be put back if it fails.
 
-    Values, pending changes, identity and home: all of it, because a failed flush leaves generated keys and
-    defaults behind on objects that were never stored.
+    Values, collections, pending changes, identity and home: all of it, because a failed flush leaves generated
+    keys and defaults behind on objects that were never stored, and setting one end of a relationship has
+    changed the other.
     """
 
     def __init__(self, states: Iterable[InstanceState[Any]]) -> None:
-        self._saved = [
-            (state, _copied(state.__dict__), dict(state.dict), {**state.committed_state}, {*state.expired_attributes})
-            for state in states
-        ]
+        self._saved = [(state, _Saved.of(state)) for state in states]
 
     def restore(self) -> None:
         """Put everything back. The session must have let go of the objects before."""
-        for state, attributes, values, committed, expired in self._saved:
-            state.dict.clear()
-            state.dict.update(values)
-            state.__dict__.clear()
-            state.__dict__.update(attributes)
-            state.committed_state = committed
-            state.expired_attributes = expired
+        for state, saved in self._saved:
+            saved.put_back(state)
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """One object's part of a snapshot."""
+
+    attributes: dict[str, Any]
+    values: dict[str, Any]
+    items: dict[str, list[Any]]
+    committed: dict[str, Any]
+    expired: set[str]
+
+    @classmethod
+    def of(cls, state: InstanceState[Any]) -> _Saved:
+        collections = {name: value for name, value in state.dict.items() if hasattr(value, "_sa_adapter")}
+        return cls(
+            attributes=_copied(state.__dict__),
+            values=dict(state.dict),
+            items={name: list(collection_adapter(value)) for name, value in collections.items()},
+            committed=dict(state.committed_state),
+            expired=set(state.expired_attributes),
+        )
+
+    def put_back(self, state: InstanceState[Any]) -> None:
+        state.dict.clear()
+        state.dict.update(self.values)
+        for name, items in self.items.items():
+            adapter = self.values[name]._sa_adapter
+            # A collection that was replaced has lost its adapter, and can only be made again.
+            if adapter is None or list(adapter) != items:
+                set_committed_value(state.obj(), name, items)
+        state.__dict__.clear()
+        state.__dict__.update(self.attributes)
+        state.committed_state = self.committed
+        state.expired_attributes = self.expired
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:

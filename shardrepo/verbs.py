@@ -93,7 +93,7 @@ def exists(session: HomeSession, query: Any) -> bool:
 def execute(session: HomeSession, statement: Executable | str, parameters: Any) -> Result[Any]:
     if isinstance(statement, str):
         statement = text(statement)
-    result = session.execute(statement, parameters, execution_options={"identity_token": session.home})
+    result = session.execute(statement, parameters)
     return result.freeze()() if _returns_rows(result) else result
 
 
@@ -118,12 +118,16 @@ def update(session: HomeSession, obj: object, changes: Mapping[str, Any]) -> Non
 
 
 def delete(session: HomeSession, obj: object) -> None:
-    state = _stored(obj, "delete")
-    put_back = write_by_key(state)
+    states = list(graph(_stored(obj, "delete")))
+    check_graph(states, session.home)
+    put_back = [write_by_key(state) for state in states]
     with _every_delete_counts(session.connection()):
+        # What the object holds comes with it, so that children which are not deleted are let go of.
+        session.add(obj)
         session.delete(obj)
         session.flush()
-    put_back()
+    for reference in put_back:
+        reference()
 
 
 def insert_all(session: HomeSession, model: Any, rows: Iterable[Mapping[str, Any]]) -> BulkResult:
@@ -336,15 +340,14 @@ def _limited(query: Any) -> Select[Any]:
 
 def _results(session: HomeSession, statement: Select[Any], parameters: Mapping[str, Any] | None = None) -> Any:
     """One column gives its values, several give rows."""
-    result = _unique(session.execute(statement, parameters, execution_options={"identity_token": session.home}))
+    result = _unique(session.execute(statement, parameters))
     return result.scalars() if len(statement.column_descriptions) == 1 else result
 
 
 def _unique(result: Any) -> Any:
     # The ORM marks a result whose rows repeat because of joined eager loading, and refuses to give its
     # rows before unique() is called. There is no public way to see the mark.
-    mark = result._unique_filter_state
-    return result.unique() if mark is not None and mark[0] is None else result
+    return result if result._unique_filter_state is None else result.unique()
 
 
 def _returns_rows(result: Result[Any]) -> bool:
