@@ -256,11 +256,15 @@ class Context:
 
     @contextmanager
     def detached(self) -> Iterator[None]:
-        """Leave the open transactions alone for the block: what runs in it is on its own."""
+        """Leave the open transactions alone for the block: what runs in it is on its own.
+
+        A database that is chosen in the block is chosen for the block.
+        """
         transaction = self._transaction.get()
         self._transaction.set(None)
         try:
-            yield
+            with self.using(self.choice):
+                yield
         finally:
             if self._transaction.get() is None:
                 self._transaction.set(transaction)

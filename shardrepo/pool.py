@@ -32,7 +32,8 @@ logger: Final = logging.getLogger("shardrepo")
 # libpq's PGTransactionStatusType, by number so that importing this module loads no driver
 # (https://www.postgresql.org/docs/current/libpq-status.html#LIBPQ-PQTRANSACTIONSTATUS).
 _IDLE: Final = 0
-_IN_TRANSACTION: Final = (2, 3)
+_ABORTED: Final = 3
+_IN_TRANSACTION: Final = (2, _ABORTED)
 
 
 class CachedConnection(_ConnectionRecord):
@@ -227,6 +228,12 @@ def autocommit(connection: Connection) -> None:
 def disown(connection: Connection) -> None:
     """Take back what `vouch` said: the user's own SQL is about to run."""
     record_of(connection).vouched = False
+
+
+def is_aborted(connection: Connection) -> bool:
+    """Whether a statement has failed in the transaction of *connection*, so that the server refuses all others."""
+    dbapi_connection = record_of(connection).dbapi_connection
+    return dbapi_connection is not None and dbapi_connection.pgconn.transaction_status == _ABORTED
 
 
 def record_of(connection: Connection) -> CachedConnection:

@@ -15,7 +15,7 @@ from .context import Transaction
 from .database import Choice, Chosen, Database, Options, choose
 from .errors import ConfigError
 from .router import Router
-from .session import RoutedSession, home_of
+from .session import RoutedSession, home_of, rehome
 from .stats import Stats
 from .verbs import BulkResult
 
@@ -336,7 +336,7 @@ class Repo:
         Raises:
             ValueError: A column is not loaded.
         """
-        return cls._router.rehome(obj, cls._router.named(choice, options))
+        return rehome(obj, cls._router.named(choice, options).home)
 
     # The connections
 

@@ -14,9 +14,9 @@ from functools import cached_property, lru_cache
 from time import perf_counter
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
-from sqlalchemy import Column, text
+from sqlalchemy import text
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import NoResultFound, SQLAlchemyError
+from sqlalchemy.exc import NoResultFound, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm.exc import StaleDataError
 
 from . import verbs
@@ -25,8 +25,8 @@ from .context import Context, Transaction
 from .database import Choice, Chosen, Database, choose
 from .engines import ConnectionCache
 from .errors import NoDatabaseError, NotInTransactionError, StaleError, WrongDatabaseError
-from .pool import autocommit, disown, vouch
-from .session import HomeSession, RoutedSession, Snapshot, state_of
+from .pool import autocommit, disown, is_aborted, vouch
+from .session import HomeSession, RoutedSession, Snapshot
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -210,6 +210,9 @@ class Router:
             with self.context.entered(database, connection) as transaction:
                 try:
                     yield transaction
+                    if is_aborted(connection):
+                        # PostgreSQL would answer a COMMIT with a ROLLBACK, and call it a success.
+                        transaction.doom(PendingRollbackError("a statement of a session that had joined it failed"))
                     transaction.commit()
                 except BaseException:
                     transaction.rollback()
@@ -256,21 +259,6 @@ class Router:
             autocommit(connection)
             connection.execute(text("SELECT 1"))
         return perf_counter() - begun
-
-    def rehome(self, obj: T, database: Database) -> T:
-        """Copy the columns of *obj* into a new object that can be inserted into *database*, and nowhere else."""
-        state = state_of(obj)
-        mapper = state.mapper
-        names = [prop.key for prop in mapper.column_attrs if isinstance(prop.columns[0], Column)]
-        missing = [name for name in names if name not in state.dict and state.key is not None]
-        if missing:
-            raise ValueError(f"cannot copy this {type(obj).__name__}: {', '.join(missing)} not loaded; load it whole")
-        copy: T = mapper.class_manager.new_instance()
-        for name in names:
-            if name in state.dict:
-                setattr(copy, name, state.dict[name])
-        state_of(copy).identity_token = database.home
-        return copy
 
 
 def _session(database: Database, connection: Connection) -> HomeSession:

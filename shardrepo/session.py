@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import event
+from sqlalchemy import Column, event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.inspection import inspect
@@ -89,6 +89,21 @@ def load(mapper: Mapper[Any], values: Iterable[tuple[str, Any]], home: str) -> A
     state.key = (*mapper.identity_key_from_instance(obj)[:2], home)
     state.identity_token = home
     return obj
+
+
+def rehome(obj: T, home: str) -> T:
+    """Copy the columns of *obj* into a new object that can be inserted into *home*, and nowhere else."""
+    state = state_of(obj)
+    names = [prop.key for prop in state.mapper.column_attrs if isinstance(prop.columns[0], Column)]
+    missing = [name for name in names if name not in state.dict and state.key is not None]
+    if missing:
+        raise ValueError(f"cannot copy this {type(obj).__name__}: {', '.join(missing)} not loaded; load it whole")
+    copy: T = state.mapper.class_manager.new_instance()
+    for name in names:
+        if name in state.dict:
+            setattr(copy, name, state.dict[name])
+    state_of(copy).identity_token = home
+    return copy
 
 
 class HomeSession(Session):

@@ -1,0 +1,140 @@
+"""The two ways to reach many databases that the demo compares: a Repo, and an engine per database."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Final, Literal, Protocol, TypeAlias
+
+from sqlalchemy import Select, create_engine, select
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.orm import Session
+
+from ..database import Options
+from ..ledger import Ledger
+from ..repo import Repo
+from ..stats import Stats
+from .models import Customer
+
+Way: TypeAlias = Literal["repo", "by hand"]
+
+# How many rows "a small all" asks for.
+_FEW: Final = 5
+
+
+class Driver(Protocol):
+    """A way to read and write customers in any of many databases. Every method may be called from any thread."""
+
+    def get(self, url: URL, key: int) -> Customer | None: ...
+    def few(self, url: URL, first: int) -> list[Customer]: ...
+    def insert(self, url: URL, customer: Customer) -> None: ...
+    def update(self, url: URL, key: int) -> Customer: ...
+    def stats(self) -> Stats | None: ...
+    def dispose(self) -> None: ...
+
+
+class RepoDriver:
+    """Everything through one Repo."""
+
+    def __init__(self, application_name: str, pool_size: int) -> None:
+        config = {"application_name": application_name, "pool_size": pool_size}
+        self.repo: type[Repo] = type("DemoRepo", (Repo,), {}, config=config)
+
+    def get(self, url: URL, key: int) -> Customer | None:
+        with self.repo.using(**_options(url)):
+            return self.repo.get(Customer, key)
+
+    def few(self, url: URL, first: int) -> list[Customer]:
+        with self.repo.using(**_options(url)):
+            return self.repo.all(_few(first))
+
+    def insert(self, url: URL, customer: Customer) -> None:
+        with self.repo.using(**_options(url)):
+            self.repo.insert(customer)
+
+    def update(self, url: URL, key: int) -> Customer:
+        with self.repo.using(**_options(url)):
+            customer = self.repo.get_one(Customer, key)
+            return self.repo.update(customer, visits=customer.visits + 1)
+
+    def stats(self) -> Stats:
+        return self.repo.stats()
+
+    @property
+    def ledger(self) -> Ledger[object, object]:
+        """The books of the repo's cache, for those who want to watch every step of them."""
+        ledger: Ledger[object, object] = self.repo._router.cache.ledger  # type: ignore[assignment]  # whatever it holds
+        return ledger
+
+    def dispose(self) -> None:
+        self.repo.dispose()
+
+
+class ByHandDriver:
+    """What one writes without a library: an engine per database, made at its first use and kept."""
+
+    def __init__(self, application_name: str) -> None:
+        self._application_name = application_name
+        self._engines: dict[URL, Engine] = {}
+        # Guards the engines, so that no database gets two.
+        self._lock = threading.Lock()
+
+    def get(self, url: URL, key: int) -> Customer | None:
+        with self._session(url) as session:
+            return session.get(Customer, key)
+
+    def few(self, url: URL, first: int) -> list[Customer]:
+        with self._session(url) as session:
+            return list(session.scalars(_few(first)))
+
+    def insert(self, url: URL, customer: Customer) -> None:
+        with self._session(url) as session:
+            session.add(customer)
+            session.commit()
+
+    def update(self, url: URL, key: int) -> Customer:
+        with self._session(url) as session:
+            customer = session.get_one(Customer, key)
+            customer.visits += 1
+            session.commit()
+            return customer
+
+    def stats(self) -> None:
+        return None
+
+    def dispose(self) -> None:
+        for engine in self._engines.values():
+            engine.dispose()
+
+    def _session(self, url: URL) -> Session:
+        return Session(self._engine(url), expire_on_commit=False)
+
+    def _engine(self, url: URL) -> Engine:
+        with self._lock:
+            if url not in self._engines:
+                self._engines[url] = create_engine(url, connect_args={"application_name": self._application_name})
+            return self._engines[url]
+
+
+def make_driver(way: Way, application_name: str, pool_size: int) -> Driver:
+    """Make the driver of *way*, which opens nothing yet."""
+    makers: Mapping[Way, Callable[[], Driver]] = {
+        "repo": lambda: RepoDriver(application_name, pool_size),
+        "by hand": lambda: ByHandDriver(application_name),
+    }
+    return makers[way]()
+
+
+def _options(url: URL) -> Options:
+    assert url.host and url.port and url.database and url.username
+    return {
+        "host": url.host,
+        "port": url.port,
+        "database": url.database,
+        "username": url.username,
+        "password": str(url.password),
+    }
+
+
+def _few(first: int) -> Select[Customer]:
+    return select(Customer).where(Customer.id >= first).order_by(Customer.id).limit(_FEW)

@@ -1,0 +1,178 @@
+"""The load: threads that read and write customers in databases drawn from a Zipf distribution, and check each row."""
+
+from __future__ import annotations
+
+import random
+import threading
+from array import array
+from bisect import bisect
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from time import monotonic
+from typing import Final, Literal, TypeAlias
+
+from sqlalchemy.engine import URL
+
+from .drivers import Driver
+from .models import Customer
+
+Verb: TypeAlias = Literal["get", "few", "insert", "update"]
+
+# Rows that every database has before the load: keys 1 to this.
+SEEDED: Final = 50
+
+# The k-th most used database is used 1/k**1.1 as often as the first.
+_SKEW: Final = 1.1
+
+_SHARES: Final[dict[Verb, int]] = {"get": 70, "few": 10, "insert": 10, "update": 10}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much load, and which: the same plan over the same databases is the same sequence in every thread.
+
+    Attributes:
+        threads: How many users there are.
+        think: Seconds that each of them pauses between two operations, on average.
+        seconds: When to end; None for no such end.
+        operations: After how many operations in all to end; None for no such end.
+        seed: What the choices are drawn from.
+    """
+
+    threads: int
+    think: float
+    seconds: float | None
+    operations: int | None = None
+    seed: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operation, and the pause after it."""
+
+    url: URL
+    verb: Verb
+    key: int
+    pause: float
+
+
+def trace(urls: Sequence[URL], plan: Plan, thread: int) -> Iterator[Step]:
+    """What one thread does, without end."""
+    ranked = random.Random(plan.seed).sample(urls, len(urls))  # noqa: S311  # a load, no secret
+    weights = list(accumulate(1 / rank**_SKEW for rank in range(1, len(ranked) + 1)))
+    draw = random.Random(f"{plan.seed}/{thread}")  # noqa: S311  # a load, no secret
+    verbs, shares = list(_SHARES), list(_SHARES.values())
+    while True:
+        url = ranked[bisect(weights, draw.random() * weights[-1])]
+        verb = draw.choices(verbs, shares)[0]
+        yield Step(url, verb, draw.randint(1, SEEDED), plan.think * draw.uniform(0.5, 1.5))
+
+
+class Tally:
+    """What one thread has seen. Written by that thread alone; others may read it at any time."""
+
+    def __init__(self) -> None:
+        self.latencies = array("d")
+        self.errors: Counter[str] = Counter()
+        self.rows = 0
+        self.wrong = 0
+        self.inserted: Counter[str] = Counter()
+
+    def check(self, url: URL, customers: Sequence[Customer | None]) -> None:
+        """Count the rows that are missing or come from another database than *url*'s."""
+        self.rows += len(customers)
+        self.wrong += sum(customer is None or customer.database != url.database for customer in customers)
+
+
+class Load:
+    """A load that runs in threads of its own, from `start` until `wait` says so."""
+
+    def __init__(self, driver: Driver, urls: Sequence[URL], plan: Plan) -> None:
+        self.tallies = [Tally() for _ in range(plan.threads)]
+        self._driver = driver
+        self._urls = urls
+        self._plan = plan
+        self._stop = threading.Event()
+        # Daemons: a process whose parent is gone ends without asking them.
+        self._threads = [
+            threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(plan.threads)
+        ]
+        self.started = self.ended = 0.0
+
+    def start(self) -> None:
+        """Start every thread."""
+        self.started = monotonic()
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Let every thread end after the operation that it is at."""
+        self._stop.set()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait *timeout* seconds at most for the end; whether the load has ended."""
+        deadline = monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            return False
+        self.ended = self.ended or monotonic()
+        return True
+
+    @property
+    def operations(self) -> int:
+        """How many operations have ended well so far."""
+        return sum(len(tally.latencies) for tally in self.tallies)
+
+    def errors(self) -> Counter[str]:
+        """How many operations have failed so far, by the error's type and the server's reason."""
+        return sum((tally.errors for tally in self.tallies), Counter())
+
+    def _run(self, number: int) -> None:
+        tally = self.tallies[number]
+        for done, step in enumerate(trace(self._urls, self._plan, number)):
+            if self._stop.is_set() or self._is_over(done, number):
+                return
+            begun = monotonic()
+            try:
+                perform(self._driver, step, tally)
+                tally.latencies.append(monotonic() - begun)
+            except Exception as error:
+                tally.errors[_name_of(error)] += 1
+            self._stop.wait(step.pause)
+
+    def _is_over(self, done: int, number: int) -> bool:
+        plan = self._plan
+        if plan.seconds is not None and monotonic() - self.started >= plan.seconds:
+            return True
+        # The first threads do one more where the division leaves a rest.
+        return plan.operations is not None and done >= -(-(plan.operations - number) // plan.threads)
+
+
+def perform(driver: Driver, step: Step, tally: Tally) -> None:
+    """Run one operation and check every row that it met: the server says in each where it is stored."""
+    url, key = step.url, step.key
+    if step.verb == "get":
+        tally.check(url, [driver.get(url, key)])
+    elif step.verb == "few":
+        tally.check(url, driver.few(url, key) or [None])
+    elif step.verb == "update":
+        tally.check(url, [driver.update(url, key)])
+    else:
+        customer = Customer(name=f"customer of {url.database}", email=f"{key}@{url.database}.example", city="Paris")
+        driver.insert(url, customer)
+        tally.check(url, [customer])
+        tally.inserted[str(url.database)] += 1
+
+
+def _name_of(error: Exception) -> str:
+    """The error's type, with what the server said where that is the usual end of an engine per database."""
+    full = "too many clients" in str(error) or "remaining connection slots" in str(error)
+    return type(error).__name__ + (": too many connections" if full else "")
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that *share* of the sorted *values* do not exceed; 0.0 if there are none."""
+    return values[min(int(len(values) * share), len(values) - 1)] if values else 0.0
