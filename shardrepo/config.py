@@ -55,8 +55,8 @@ class Config:
     connect_timeout: float = 5.0
     require_database: bool = False
     application_name: str = "shardrepo"
-    connect_args: Mapping[str, Any] = field(default=_EMPTY, repr=False)
-    engine_options: Mapping[str, Any] = _EMPTY
+    connect_args: Mapping[str, Any] = field(default_factory=lambda: _EMPTY, repr=False)
+    engine_options: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
 
     @classmethod
     def of(cls, source: ConfigSource) -> Config:

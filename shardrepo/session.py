@@ -9,7 +9,7 @@ traces on objects that SQLAlchemy does not take back (``tests/test_private_api.p
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -20,11 +20,15 @@ from sqlalchemy.inspection import inspect
 from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection, Session
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
+from sqlalchemy.orm.exc import DetachedInstanceError
 
 from .database import Database
 from .errors import WrongDatabaseError
 
 T = TypeVar("T")
+
+# Where a copy that is not stored yet says where it goes: unlike the identity token, this is pickled.
+_BOUND_FOR: Final = "shardrepo bound for"
 
 MANYTOONE: Final = RelationshipDirection.MANYTOONE
 
@@ -46,7 +50,10 @@ def home_of(obj: object) -> str | None:
 
 
 def _home(state: InstanceState[Any]) -> str | None:
-    home = state.key[2] if state.key is not None else state.identity_token
+    if state.key is not None:
+        home = state.key[2]
+    else:
+        home = state.identity_token or state.__dict__.get("info", {}).get(_BOUND_FOR)
     return home if isinstance(home, str) else None
 
 
@@ -94,16 +101,27 @@ def load(mapper: Mapper[Any], values: Iterable[tuple[str, Any]], home: str) -> A
 def rehome(obj: T, home: str) -> T:
     """Copy the columns of *obj* into a new object that can be inserted into *home*, and nowhere else."""
     state = state_of(obj)
-    names = [prop.key for prop in state.mapper.column_attrs if isinstance(prop.columns[0], Column)]
-    missing = [name for name in names if name not in state.dict and state.key is not None]
-    if missing:
-        raise ValueError(f"cannot copy this {type(obj).__name__}: {', '.join(missing)} not loaded; load it whole")
     copy: T = state.mapper.class_manager.new_instance()
-    for name in names:
-        if name in state.dict:
-            setattr(copy, name, state.dict[name])
-    state_of(copy).identity_token = home
+    for prop in state.mapper.column_attrs:
+        if _is_written(prop.columns[0]) and (state.key is not None or prop.key in state.dict):
+            setattr(copy, prop.key, _loaded(obj, prop.key))
+    bound = state_of(copy)
+    bound.identity_token = bound.info[_BOUND_FOR] = home
     return copy
+
+
+def _is_written(column: object) -> bool:
+    """Whether a column takes values; what the server computes does not."""
+    if not isinstance(column, Column):
+        return False
+    return column.computed is None and not (column.identity and column.identity.always)
+
+
+def _loaded(obj: object, name: str) -> Any:
+    try:
+        return getattr(obj, name)
+    except DetachedInstanceError:
+        raise ValueError(f"cannot copy this {type(obj).__name__}: {name} is not loaded; load it whole") from None
 
 
 class HomeSession(Session):
@@ -127,6 +145,7 @@ def _take_in(session: HomeSession, instance: object) -> None:
         session._stamped.add(state)
 
 
+@event.listens_for(HomeSession, "persistent_to_transient")
 @event.listens_for(HomeSession, "pending_to_transient")
 def _let_go(session: HomeSession, instance: object) -> None:
     state = state_of(instance)
@@ -176,12 +195,23 @@ class RoutedSession(HomeSession):
         check_graph(graph(state_of(instance), "merge"), self.home)
         return super().merge(instance, **kwargs)
 
+    def merge_all(self, instances: Iterable[T], **kwargs: Any) -> Sequence[T]:
+        """`Session.merge_all`; refuses what `merge` refuses."""
+        return [self.merge(instance, **kwargs) for instance in instances]
+
     def bulk_save_objects(self, objects: Iterable[object], *args: Any, **kwargs: Any) -> None:
         """`Session.bulk_save_objects`; refuses objects of another database."""
         objects = list(objects)
         for obj in objects:
             check_home(state_of(obj), self.home)
         super().bulk_save_objects(objects, *args, **kwargs)
+
+
+@event.listens_for(RoutedSession, "before_flush")
+def _check_all(session: RoutedSession, *_: object) -> None:
+    # The last door: whatever way an object came in, a frozen result or a way not thought of here.
+    for obj in (*session.new, *session.dirty, *session.deleted):
+        check_home(state_of(obj), session.home)
 
 
 class Snapshot:
@@ -255,6 +285,8 @@ def write_by_key(state: InstanceState[Any]) -> Callable[[], None]:
         target = state.dict[name]
         if target is not None and state_of(target).key is None:
             continue
+        if target is not None:
+            _forget_pending(state, relationship, state_of(target))
         if name in state.committed_state or (state.key is None and target is not None):
             for local, remote in relationship.local_remote_pairs:
                 value = None if target is None else _value_of(target, remote)
@@ -262,6 +294,18 @@ def write_by_key(state: InstanceState[Any]) -> Callable[[], None]:
         taken[name] = state.dict.pop(name)
         state.committed_state.pop(name, None)
     return lambda: state.dict.update(taken)
+
+
+def _forget_pending(state: InstanceState[Any], relationship: Any, target: InstanceState[Any]) -> None:
+    """Take *state* out of what its stored parent would still have to add to a collection that it has not
+    loaded: it is written by key, and a parent that serves for long would collect them all."""
+    waiting = target.__dict__.get("_pending_mutations", {})
+    for reverse in relationship._reverse_property:
+        if (pending := waiting.get(reverse.key)) is not None:
+            pending.added_items.discard(state.obj())
+            if not pending.added_items and not pending.deleted_items:
+                waiting.pop(reverse.key, None)
+                target.committed_state.pop(reverse.key, None)
 
 
 def _value_of(obj: object, column: Any) -> Any:

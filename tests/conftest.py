@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
+import psycopg
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import Integer, String, create_engine
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
@@ -61,6 +63,28 @@ def database(make_databases: Callable[..., list[str]]) -> str:
     return make_databases()[0]
 
 
+@pytest.fixture(scope="session")
+def _lasting_databases(server: Server) -> Iterator[list[str]]:
+    names = [f"lasting{number}" for number in (1, 2)]
+    server.create_databases(names, template=TEMPLATE)
+    with ExitStack() as stack:
+        for name in names:
+            _kept_open[server, name] = stack.enter_context(server.connect(name))
+        yield names
+        _kept_open.clear()
+
+
+@pytest.fixture
+def two_databases(server: Server, _lasting_databases: list[str]) -> tuple[str, str]:
+    """Two databases on the first server that all tests use, one after the other: emptied before each."""
+    tables = [table.name for table in reversed(Base.metadata.sorted_tables)]
+    restart = "SELECT setval(oid::regclass, 1, false) FROM pg_class WHERE relkind = 'S'"
+    for name in _lasting_databases:
+        run_sql(server, name, "; ".join([*(f"DELETE FROM {table}" for table in tables), restart]))
+    one, other = _lasting_databases
+    return one, other
+
+
 @pytest.fixture
 def make_repo(server: Server) -> Iterator[Callable[..., type[Repo]]]:
     """Define a repo on the first server; it is disposed after the test, and must leave no connection in use."""
@@ -91,3 +115,43 @@ def connections_of(server: Server, application_name: str) -> list[tuple[int, str
         return connection.execute(
             "SELECT pid, datname FROM pg_stat_activity WHERE application_name = %s ORDER BY pid", (application_name,)
         ).fetchall()
+
+
+_kept_open: dict[tuple[Server, str], psycopg.Connection[Any]] = {}
+
+
+def run_sql(server: Server, database: str, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    """Run a statement past every repo, on the fixtures' connection or one of its own; returns its rows."""
+    kept = _kept_open.get((server, database))
+    with nullcontext(kept) if kept is not None else server.connect(database) as connection:
+        cursor = connection.execute(statement.encode(), parameters or None)
+        return cursor.fetchall() if cursor.description else []
+
+
+def plant_decoys(server: Server, database: str, count: int = 9) -> None:
+    """Fill every table of *database* with rows whose keys are 1, 2, 3, … and whose texts say "decoy"."""
+    inserts = []
+    for table in Base.metadata.sorted_tables:
+        columns = [column for column in table.columns if column.computed is None]
+        values = ("'dog'" if column.name == "kind" else _DECOY[type(column.type)] for column in columns)
+        names = ", ".join(f'"{column.name}"' for column in columns)
+        rows = f"SELECT {', '.join(values)} FROM generate_series(1, {count}) n"
+        inserts.append(f"INSERT INTO {table.name} ({names}) {rows}")
+    run_sql(server, database, "; ".join(inserts))
+
+
+_DECOY = {Integer: "n", String: "'decoy ' || n"}
+
+
+def contents(server: Server, database: str) -> list[tuple[Any, ...]]:
+    """Every row of every table of *database*."""
+    tables = [table.name for table in Base.metadata.sorted_tables]
+    return run_sql(server, database, " UNION ALL ".join(f"SELECT '{t}', {t}::text FROM {t}" for t in tables) + " ORDER BY 1, 2")
+
+
+def books_balance(repo: type[Repo]) -> bool:
+    """Whether the books of a repo's cache add up."""
+    stats = repo.stats()
+    return stats.attempts - stats.failed - stats.closed == (
+        stats.in_use + stats.idle + stats.connecting + stats.closing
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import Column, Computed, FetchedValue, ForeignKey, String, Table, UniqueConstraint, func
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column, relationship
 
 
 class Base(DeclarativeBase):
@@ -90,3 +90,35 @@ class Place(Base):
     seat: Mapped[int] = mapped_column(primary_key=True)
     label: Mapped[str | None]
     changed: Mapped[str | None] = mapped_column(server_default=func.now().cast(String), server_onupdate=FetchedValue())
+
+
+class Shelf(Base):
+    """Its books come with it, by a join."""
+
+    __tablename__ = "shelves"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    label: Mapped[str]
+    books: Mapped[list[Book]] = relationship(lazy="joined", cascade="all, delete-orphan", back_populates="shelf")
+
+
+class Book(Base):
+    """Its chapters come with it, by a second statement; its text does not; its headline is computed by the SELECT."""
+
+    __tablename__ = "books"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column()
+    text: Mapped[str | None] = mapped_column(deferred=True)
+    shelf_id: Mapped[int | None] = mapped_column(ForeignKey("shelves.id"))
+    headline: Mapped[str] = column_property(func.upper(title))
+    shelf: Mapped[Shelf | None] = relationship(back_populates="books")
+    chapters: Mapped[list[Chapter]] = relationship(lazy="selectin")
+
+
+class Chapter(Base):
+    __tablename__ = "chapters"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    book_id: Mapped[int | None] = mapped_column(ForeignKey("books.id"))
+    title: Mapped[str]

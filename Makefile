@@ -1,0 +1,58 @@
+# Every target makes what it needs, in a virtual environment of the newest supported Python that is found.
+# Another one: make test PYTHON=python3.12
+
+PYTHON ?= $(shell for python in python3.13 ~/.pyenv/versions/3.13.*/bin/python python3.12 \
+	~/.pyenv/versions/3.12.*/bin/python python3.11 ~/.pyenv/versions/3.11.*/bin/python python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+ifeq ($(PYTHON),)
+$(error no Python 3.11 or later found: install one, or name it with PYTHON=)
+endif
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv/$(VERSION)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: demo test test-all lint types bench clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/python -m shardrepo demo $(ARGS)
+
+test: $(VENV)/test.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+# Also what takes minutes: a hundred thousand operations, hundreds of databases.
+test-all: $(VENV)/test.installed
+	SHARDREPO_LONG=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/lint.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/test.installed $(VENV)/types.installed
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/test.installed $(VENV)/bench.installed
+	$(BIN)/python -m benchmarks --write $(ARGS)
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian: apt-get install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade 'pip>=25.1'
+
+$(VENV)/demo.installed: pyproject.toml | $(BIN)/python
+	$(PIP) install --editable '.[demo]'
+	@touch $@
+
+$(VENV)/test.installed: pyproject.toml | $(BIN)/python
+	$(PIP) install --editable '.[demo,test]'
+	@touch $@
+
+$(VENV)/%.installed: pyproject.toml | $(BIN)/python
+	$(PIP) install --group $*
+	@touch $@

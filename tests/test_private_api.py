@@ -1,0 +1,390 @@
+"""What the library leans on in psycopg, libpq and SQLAlchemy without a promise, a test for each."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import inspect
+import os
+import textwrap
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import pq
+from psycopg.adapt import AdaptersMap, Loader
+from sqlalchemy import create_engine, func, select, text
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import InstanceState, Session, joinedload
+from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.pool import ConnectionPoolEntry, NullPool, Pool
+from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord
+
+from shardrepo import AuthenticationError, Database, UnknownDatabaseError
+from shardrepo.driver import DriverConnection, Target, _Trace, connect
+from shardrepo.engines import SharedDialect
+from shardrepo.ledger import Ledger
+from shardrepo.pool import _IDLE, _IN_TRANSACTION
+from shardrepo.session import Snapshot
+from shardrepo.testing.servers import Server
+
+from .models import Post, Tag, User
+
+# psycopg and libpq
+
+
+def conninfo(server: Server, database: str = "postgres") -> bytes:
+    url = server.url(database)
+    return psycopg.conninfo.make_conninfo(
+        host=url.host, port=url.port, user=url.username, password=url.password, dbname=database
+    ).encode()
+
+
+@pytest.fixture
+def pgconn(server: Server) -> Iterator[pq.abc.PGconn]:
+    """libpq's own connection."""
+    pgconn = pq.PGconn.connect(conninfo(server))
+    assert pgconn.status == pq.ConnStatus.OK
+    pgconn.nonblocking = 1
+    yield pgconn
+    pgconn.finish()
+
+
+@pytest.fixture
+def connection(pgconn: pq.abc.PGconn) -> Iterator[DriverConnection]:
+    """The library's connection, around it."""
+    with closing(DriverConnection(pgconn)) as connection:
+        yield connection
+
+
+def test_a_connection_can_be_made_of_libpqs(pgconn: pq.abc.PGconn) -> None:
+    """`psycopg.Connection(pgconn)` is a whole connection: it runs statements and transactions (driver.connect)."""
+    connection: psycopg.Connection[Any] = psycopg.Connection(pgconn)
+    assert connection.execute("SELECT 1").fetchone() == (1,)
+    assert pgconn.transaction_status == pq.TransactionStatus.INTRANS
+    connection.commit()
+    with connection.transaction():
+        assert connection.execute("SELECT %s::text", ("x",)).fetchone() == ("x",)
+    connection.close()
+    assert connection.closed
+
+
+def test_a_connection_takes_its_adapters_from_an_attribute(connection: DriverConnection) -> None:
+    """What is set as `_adapters` is what cursors load by, and is not shared with the map it was made of."""
+
+    class Shouting(Loader):
+        def load(self, data: Any) -> str:
+            return bytes(data).decode().upper()
+
+    assert isinstance(connection._adapters, AdaptersMap | None)
+    connection._adapters = own = AdaptersMap(psycopg.adapters)
+    own.register_loader("text", Shouting)
+    assert connection.adapters is own
+    assert connection.execute("SELECT 'x'::text").fetchone() == ("X",)
+    assert psycopg.adapters.get_loader(25, pq.Format.TEXT) is not Shouting
+
+
+@pytest.mark.parametrize("exchange", ["execute", "commit", "rollback", "prepared", "stream"])
+def test_every_exchange_goes_through_wait(connection: DriverConnection, exchange: str) -> None:
+    """A connection that was used is known by its method `wait`, without which nothing reaches the server."""
+    if exchange in ("commit", "rollback"):
+        connection.execute("SELECT 1")
+    connection.used = False
+    match exchange:
+        case "execute":
+            connection.execute("SELECT 1")
+        case "prepared":
+            connection.execute("SELECT 1", prepare=True)
+        case "stream":
+            list(connection.cursor().stream("SELECT 1"))
+        case _:
+            getattr(connection, exchange)()
+    assert connection.used
+
+
+def test_the_numbers_of_transaction_states(pgconn: pq.abc.PGconn) -> None:
+    """The pool compares `pgconn.transaction_status` with numbers, to load no driver."""
+    states = pq.TransactionStatus
+    assert (states.IDLE, (states.INTRANS, states.INERROR)) == (_IDLE, _IN_TRANSACTION)
+    assert pgconn.transaction_status == _IDLE
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "sqlstate"),
+    [
+        ({"password": "wrong"}, AuthenticationError, "28P01"),
+        ({"name": "no such database"}, UnknownDatabaseError, "3D000"),
+    ],
+)
+def test_libpqs_trace_tells_the_sqlstate(
+    server: Server, options: dict[str, str], kind: type[Exception], sqlstate: str
+) -> None:
+    """A failed connect has its SQLSTATE in the trace alone: without it no cause could be told."""
+    url = server.url()
+    given = {"name": "postgres", "password": str(url.password), **options}
+    assert url.host is not None
+    assert url.port is not None
+    database = Database(url.host, url.port, given["name"], url.username, (), given["password"])
+    with pytest.raises(kind) as caught:
+        connect(Target(database, 30.0, "test", {}), None)
+    assert getattr(caught.value, "sqlstate", None) == sqlstate
+
+
+def test_libpq_traces_into_a_memory_file(server: Server) -> None:
+    """`PGconn.trace` takes a file's number, writes what the server says, and `untrace` flushes it."""
+    pgconn = pq.PGconn.connect_start(conninfo(server, "no such database"))
+    with _Trace(pgconn) as trace:
+        while (polled := pgconn.connect_poll()) not in (pq.PollingStatus.OK, pq.PollingStatus.FAILED):
+            assert polled in (pq.PollingStatus.READING, pq.PollingStatus.WRITING)
+        pgconn.untrace()
+        assert trace._file is not None
+        written = os.pread(trace._file, 1 << 20, 0)
+        assert b"\tErrorResponse\t" in written
+        assert b' C "3D000"' in written
+        assert trace.sqlstate() == "3D000"
+    pgconn.finish()
+
+
+# SQLAlchemy's pool
+
+
+class Record(_ConnectionRecord):
+    """Notes how it comes back."""
+
+    def __init__(self, pool: Probe) -> None:
+        self.events = pool.events
+        super().__init__(pool)
+
+    def checkin(self, _fairy_was_created: bool = True) -> None:
+        alive = None if self.fairy_ref is None else self.fairy_ref() is not None
+        self.events.append(("checkin", _fairy_was_created, alive))
+        super().checkin(_fairy_was_created)
+
+
+class Probe(Pool):
+    """A pool that does what `LedgerPool` does, and notes what it is asked."""
+
+    def __init__(self, creator: Any, **kwargs: Any) -> None:
+        super().__init__(creator, reset_on_return=None, **kwargs)
+        self.events: list[object] = []
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        self.events.append("get")
+        return Record(self)
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        self.events.append("return")
+        record.close()
+
+    def dispose(self) -> None: ...
+
+
+@pytest.fixture
+def probe(server: Server) -> Probe:
+    return Probe(lambda: psycopg.connect(conninfo(server).decode()))
+
+
+def test_a_pool_is_asked_by_two_methods(probe: Probe) -> None:
+    """`_do_get` yields a record, `_do_return_conn` gets it back, and both are called once."""
+    fairy = probe.connect()
+    assert probe.events == ["get"]
+    assert fairy.cursor().execute("SELECT 1").fetchone() == (1,)
+    fairy.close()
+    assert probe.events == ["get", ("checkin", True, True), "return"]
+
+
+def test_a_record_knows_its_borrower(probe: Probe) -> None:
+    """A normal return is known by a `fairy_ref` that is alive; afterwards it is None."""
+    fairy = probe.connect()
+    assert isinstance(fairy, _ConnectionFairy)
+    record = fairy._connection_record
+    assert isinstance(record, Record)
+    assert record.fairy_ref is not None
+    assert record.fairy_ref() is fairy
+    assert len(record.finalize_callback) == 0
+    fairy.close()
+    assert record.fairy_ref is None
+
+
+@pytest.mark.parametrize("cycle", [False, True])
+def test_a_record_knows_that_its_borrower_was_lost(probe: Probe, cycle: bool) -> None:
+    """A return by a finaliser is known by a `fairy_ref` that is dead, also when it is the collector's."""
+    fairy = probe.connect()
+    if cycle:
+        itself = [fairy]
+        itself.append(itself)  # type: ignore[arg-type]  # what makes it garbage for the collector alone
+        del itself
+    del fairy
+    gc.collect()
+    assert probe.events == ["get", ("checkin", True, False), "return"]
+
+
+def test_a_failed_first_use_comes_back_without_a_borrower(probe: Probe) -> None:
+    """What fails before there is a borrower is checked in with `_fairy_was_created` False."""
+
+    class Dead(Record):
+        def get_connection(self) -> Any:
+            raise RuntimeError("dead")
+
+    probe._do_get = lambda: Dead(probe)  # type: ignore[method-assign]  # stands in for a connection that died
+    with pytest.raises(RuntimeError, match="dead"):
+        probe.connect()
+    assert probe.events == [("checkin", False, None), "return"]
+
+
+def test_sqlalchemys_checkin_is_what_ours_takes_the_place_of() -> None:
+    """`CachedConnection.checkin` leaves out what has no effect without listeners: this is all there is to it."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(_ConnectionRecord.checkin)))
+    assert [ast.unparse(statement) for statement in tree.body[0].body] == [  # type: ignore[attr-defined]  # a def
+        "if self.fairy_ref is None and _fairy_was_created:\n"
+        "    util.warn('Double checkin attempted on %s' % self)\n"
+        "    return",
+        "self.fairy_ref = None",
+        "connection = self.dbapi_connection",
+        "pool = self.__pool",
+        "while self.finalize_callback:\n"
+        "    finalizer = self.finalize_callback.pop()\n"
+        "    if connection is not None:\n"
+        "        finalizer(connection)",
+        "if pool.dispatch.checkin:\n    pool.dispatch.checkin(connection, self)",
+        "pool._return_conn(self)",
+    ]
+
+
+def test_a_connection_leads_to_its_record(server: Server) -> None:
+    """From an SQLAlchemy connection the pool's record is found by `_connection_record` (pool.record_of)."""
+    engine = create_engine(server.url(), poolclass=NullPool)
+    with engine.connect() as connection:
+        assert isinstance(connection, Connection)
+        record = getattr(connection.connection, "_connection_record", None)
+        assert isinstance(record, _ConnectionRecord)
+        assert record.dbapi_connection is connection.connection.dbapi_connection
+
+
+# SQLAlchemy's dialects, results and statements
+
+
+def test_create_engine_makes_its_dialect_by_calling_the_class() -> None:
+    """What `__new__` returns for `shared=` is the engine's dialect: one for many engines."""
+    url = "postgresql+shardrepo://db01/app"
+    first = create_engine(url)
+    assert isinstance(first.dialect, SharedDialect)
+    second = create_engine(url.replace("app", "other"), shared=first.dialect)
+    assert second.dialect is first.dialect
+    assert create_engine(url).dialect is not first.dialect
+    assert second.pool._dialect is first.dialect
+
+
+@pytest.fixture
+def engine(server: Server, database: str) -> Iterator[Engine]:
+    """A plain engine on a fresh database."""
+    engine = create_engine(server.url(database))
+    yield engine
+    engine.dispose()
+
+
+def test_a_result_is_marked_when_its_rows_repeat(engine: Engine) -> None:
+    """`_unique_filter_state` is set just by joined eager loading of collections (verbs._unique)."""
+    with Session(engine) as session:
+        session.add(User(name="Ada", posts=[Post(title="one"), Post(title="two")]))
+        session.flush()
+        repeating = session.execute(select(User).options(joinedload(User.posts)))
+        assert repeating._unique_filter_state is not None
+        assert len(repeating.unique().scalars().all()) == 1
+        for statement in (select(User), select(Post).options(joinedload(Post.author)), select(User.name)):
+            assert session.execute(statement)._unique_filter_state is None
+        assert session.execute(text("SELECT 1"))._unique_filter_state is None
+
+
+def test_a_statement_tells_its_limit_and_groups() -> None:
+    """`_limit_clause` and `_group_by_clauses` are how a select is asked whether it has any (verbs)."""
+    plain = select(User.name)
+    assert plain._limit_clause is None
+    assert plain.limit(3)._limit_clause is not None
+    assert not plain._group_by_clauses
+    assert plain.group_by(User.name)._group_by_clauses
+    assert not select(func.count())._group_by_clauses
+
+
+# The state of mapped objects
+
+
+def picture(state: InstanceState[Any]) -> dict[str, Any]:
+    """All that there is of an object: its attributes and the state that SQLAlchemy keeps of it."""
+    slots = {
+        name: getattr(state, name) for name in ("class_", "manager", "obj", "committed_state", "expired_attributes")
+    }
+    kept = {name: dict(value) if isinstance(value, dict) else value for name, value in state.__dict__.items()}
+    return {
+        "attributes": dict(state.dict),
+        "state": kept,
+        **slots,
+        "committed_state": dict(state.committed_state),
+        "expired_attributes": set(state.expired_attributes),
+    }
+
+
+def test_a_state_keeps_all_it_has_in_known_places() -> None:
+    """`Snapshot` saves `__dict__`, `committed_state` and `expired_attributes`; the other slots never change."""
+    slots = {slot for base in InstanceState.__mro__ for slot in getattr(base, "__slots__", ()) if slot != "__weakref__"}
+    assert slots == {"__dict__", "class_", "manager", "obj", "committed_state", "expired_attributes"}
+
+
+def test_a_failed_flush_changes_nothing_that_a_snapshot_does_not_save(engine: Engine) -> None:
+    """Put back, new and stored objects are what they were, though the flush left keys and defaults behind."""
+    with Session(engine, expire_on_commit=False) as session:
+        session.add_all([User(id=1, name="Ada", email="a@b"), stored := User(id=2, name="Eve"), tag := Tag(label="x")])
+        session.commit()
+        session.expunge_all()
+    stored.name = "Eva"
+    new = User(name="Bob", email="a@b", posts=[post := Post(title="one", tags=[tag])])
+    states = [instance_state(obj) for obj in (stored, new, post, tag)]
+    before = [picture(state) for state in states]
+    snapshot = Snapshot(states)
+    with Session(engine) as session:
+        session.add_all([stored, post, new])
+        with pytest.raises(IntegrityError):
+            session.flush()
+        session.rollback()
+        session.expunge_all()
+    assert [picture(state) for state in states] != before
+    snapshot.restore()
+    assert [picture(state) for state in states] == before
+    assert new.id is None
+    assert (stored.name, new.posts, post.tags) == ("Eva", [post], [tag])
+
+
+# The interpreter
+
+
+def test_a_reentrant_lock_tells_whether_this_thread_has_it() -> None:
+    """`RLock._is_owned` is how the ledger sees that a finaliser runs inside one of its steps."""
+    lock: Any = threading.RLock()
+    assert not lock._is_owned()
+    with lock:
+        assert lock._is_owned()
+        seen: list[bool] = []
+        thread = threading.Thread(target=lambda: seen.append(lock._is_owned()))
+        thread.start()
+        thread.join()
+        assert seen == [False]
+    assert isinstance(Ledger(1)._lock, type(lock))
+
+
+def test_a_dead_weak_reference_is_seen_by_a_finaliser() -> None:
+    """When a finaliser runs, weak references to its object are dead already: `fairy_ref()` is None then."""
+
+    class Thing: ...
+
+    thing = Thing()
+    seen: list[object] = []
+    reference = weakref.ref(thing)
+    weakref.finalize(thing, lambda: seen.append(reference()))
+    del thing
+    gc.collect()
+    assert seen == [None]
