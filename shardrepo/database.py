@@ -107,7 +107,7 @@ class Database:
             object.__setattr__(self, "password", Secret(self.password))
         object.__setattr__(self, "home", f"{self.server}/{self.name}")
         # One string, because it is looked up at every checkout and strings remember their hash.
-        address = (self.host, self.port, self.name, self.username, self.query, _digest(self.password))
+        address = (self.host, self.port, self.name, self.username, self.query, digest(self.password))
         object.__setattr__(self, "key", repr(address))
 
     @classmethod
@@ -247,7 +247,8 @@ def _port_of(text: object) -> object:
     return int(text) if isinstance(text, str) and text.isdecimal() else text
 
 
-def _digest(password: Password | Secret | None) -> int | bytes | None:
+def digest(password: Password | Secret | None) -> int | bytes | None:
+    """What tells one password from another without saying anything of it, within this process."""
     # A callable stands for whatever it returns at the next connect, so it is its own identity. It cannot be
     # taken for a later one at the same place in memory: whatever is found by a key holds its Database.
     if not isinstance(password, Secret):

@@ -11,7 +11,7 @@ import os
 import re
 import selectors
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import tuple_row
 
+from .config import Config
 from .database import Database, Secret
 from .errors import (
     AuthenticationError,
@@ -32,6 +33,7 @@ from .errors import (
     UnknownDatabaseError,
     WrongDatabaseError,
 )
+from .scram import Keys, KeyStore
 
 _BAD: Final = pq.ConnStatus.BAD
 _STARTED: Final = pq.ConnStatus.STARTED
@@ -41,6 +43,12 @@ _EVENTS: Final = {
     pq.PollingStatus.READING: selectors.EVENT_READ,
     pq.PollingStatus.WRITING: selectors.EVENT_WRITE,
 }
+
+# Whether libpq takes the keys that SCRAM derives from a password in its place, and which keys are known.
+_TAKES_KEYS: Final = pq.version() >= 180000
+_known: Final = KeyStore()
+
+_INVALID_PASSWORD: Final = "28P01"  # noqa: S105  # an SQLSTATE
 
 # The server's answer in libpq's trace: B <length> ErrorResponse S "FATAL" V "FATAL" C "28P01" M …
 _SQLSTATE: Final = re.compile(rb'\tErrorResponse\t.*? C "([0-9A-Z]{5})"')
@@ -107,8 +115,28 @@ class Target:
 
     database: Database
     timeout: float
-    application_name: str
-    connect_args: Mapping[str, Any] = field(repr=False)
+    prepare_threshold: int | None
+    conninfo: str
+
+    @classmethod
+    def of(cls, database: Database, config: Config) -> Target:
+        """Prepare connects to *database*. Raises `ConfigError` for a connection parameter that libpq does not know."""
+        parameters = {**dict(database.query), **config.connect_args}
+        prepare_threshold = parameters.pop("prepare_threshold", 5)
+        try:
+            conninfo = make_conninfo(
+                host=database.host,
+                # An empty one keeps PGHOSTADDR and service files from leading elsewhere.
+                hostaddr="",
+                port=database.port,
+                dbname=database.name,
+                user=database.username,
+                application_name=config.application_name,
+                **parameters,
+            )
+        except psycopg.ProgrammingError as error:
+            raise ConfigError(f"cannot connect to {database.home}: {str(error).strip()}; see connect_args") from None
+        return cls(database, config.connect_timeout, prepare_threshold, conninfo)
 
 
 @dataclass(slots=True)
@@ -118,11 +146,16 @@ class _Attempt:
     pgconn: pq.abc.PGconn
     reached: bool = False
     timed_out: bool = False
-    sqlstate: str | None = None
+    trace: bytes = b""
 
     @property
     def succeeded(self) -> bool:
         return self.pgconn.status == pq.ConnStatus.OK and not self.timed_out
+
+    @property
+    def sqlstate(self) -> str | None:
+        found = _SQLSTATE.search(self.trace)
+        return found[1].decode() if found else None
 
 
 def connect(target: Target, context: AdaptContext | None) -> DriverConnection:
@@ -133,25 +166,47 @@ def connect(target: Target, context: AdaptContext | None) -> DriverConnection:
     Raises:
         ConnectError: One of its subclasses where the cause can be told.
         WrongDatabaseError: The connection leads to another database than the one that was named.
-        ConfigError: libpq knows no such connection parameter.
     """
-    attempt = _try(target)
+    attempt = _attempt(target)
     if not attempt.succeeded:
         raise _error_of(attempt, target)
     attempt.pgconn.nonblocking = 1
     connection = DriverConnection(attempt.pgconn)
+    connection.prepare_threshold = target.prepare_threshold
     if context is not None:
         connection._adapters = AdaptersMap(context.adapters)
-    if "prepare_threshold" in target.connect_args:
-        connection.prepare_threshold = target.connect_args["prepare_threshold"]
     _check_address(connection, target.database)
     return connection
 
 
-def _try(target: Target) -> _Attempt:
-    """Run libpq's connect under the deadline. Holds no secret in a local variable while it waits."""
+def _attempt(target: Target) -> _Attempt:
+    """Connect with the keys of the password if they are known, with the password itself if not, or if they fail."""
+    database = target.database
     deadline = monotonic() + target.timeout
-    attempt = _Attempt(pq.PGconn.connect_start(_conninfo(target)))
+    password = _password_of(database)
+    keys = _known.get(database, password) if _TAKES_KEYS else None
+    attempt = _try(target, password, keys, deadline)
+    if keys is not None and attempt.sqlstate == _INVALID_PASSWORD:
+        _known.forget(database, password)
+        attempt.pgconn.finish()
+        keys, attempt = None, _try(target, password, None, deadline)
+    if keys is None and attempt.succeeded and _TAKES_KEYS:
+        _known.learn(database, password, attempt.trace)
+    return attempt
+
+
+def _password_of(database: Database) -> Secret | None:
+    given = database.password() if callable(database.password) else database.password
+    if isinstance(given, str) and "\0" not in given:
+        return Secret(given)
+    if given is None or isinstance(given, Secret):
+        return given
+    raise ConfigError(f"the password callable of {database.home} must return a string without NUL characters")
+
+
+def _try(target: Target, password: Secret | None, keys: Keys | None, deadline: float) -> _Attempt:
+    """Run libpq's connect until *deadline*. No secret is in a local variable while it waits."""
+    attempt = _Attempt(pq.PGconn.connect_start(_conninfo(target, password, keys)))
     with _Trace(attempt.pgconn) as trace:
         while attempt.pgconn.status != _BAD:
             polled = attempt.pgconn.connect_poll()
@@ -161,9 +216,24 @@ def _try(target: Target) -> _Attempt:
             if not _ready(attempt.pgconn.socket, _EVENTS[pq.PollingStatus(polled)], deadline):
                 attempt.timed_out = True
                 break
-        if not attempt.succeeded:
-            attempt.sqlstate = trace.sqlstate()
+        if keys is None or not attempt.succeeded:
+            attempt.trace = trace.read()
     return attempt
+
+
+def _conninfo(target: Target, password: Secret | None, keys: Keys | None) -> bytes:
+    # Never raises: its frame holds what no traceback may show.
+    conninfo = target.conninfo
+    if password is not None:
+        conninfo += f" password={_quoted(password.reveal())}"
+    if keys is not None:
+        conninfo += f" scram_client_key={keys.client} scram_server_key={keys.server}"
+    return conninfo.encode()
+
+
+def _quoted(value: str) -> str:
+    # https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-KEYWORD-VALUE
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _ready(socket: int, event: int, deadline: float) -> bool:
@@ -174,30 +244,6 @@ def _ready(socket: int, event: int, deadline: float) -> bool:
             if selector.select(left):
                 return True
     return False
-
-
-def _conninfo(target: Target) -> bytes:
-    database = target.database
-    password = database.password() if callable(database.password) else database.password
-    text = password.reveal() if isinstance(password, Secret) else password
-    if text is not None and (not isinstance(text, str) or "\0" in text):
-        raise ConfigError(f"the password callable of {database.home} must return a string without NUL characters")
-    parameters = {name: value for name, value in target.connect_args.items() if name != "prepare_threshold"}
-    try:
-        return make_conninfo(
-            host=database.host,
-            # An empty one keeps PGHOSTADDR and service files from leading elsewhere.
-            hostaddr="",
-            port=database.port,
-            dbname=database.name,
-            user=database.username,
-            password=text,
-            application_name=target.application_name,
-            **dict(database.query),
-            **parameters,
-        ).encode()
-    except psycopg.ProgrammingError as error:
-        raise ConfigError(f"cannot connect to {database.home}: {str(error).strip()}; see connect_args") from None
 
 
 class _Trace:
@@ -224,12 +270,11 @@ class _Trace:
             os.close(self._file)
             self._file = None
 
-    def sqlstate(self) -> str | None:
+    def read(self) -> bytes:
         if self._file is None:
-            return None
+            return b""
         self._pgconn.untrace()  # which also flushes what was written
-        found = _SQLSTATE.search(os.pread(self._file, 1 << 20, 0))
-        return found[1].decode() if found else None
+        return os.pread(self._file, 1 << 20, 0)
 
 
 def _error_of(attempt: _Attempt, target: Target) -> ConnectError:

@@ -13,7 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
 from sqlalchemy import create_engine
 from sqlalchemy.dialects import registry
@@ -23,13 +23,11 @@ from sqlalchemy.util import LRUCache
 
 from .config import Config
 from .database import Database
+from .driver import Target, connect
 from .errors import ServerUnavailableError
 from .ledger import Kind, Ledger
 from .pool import Books, LedgerPool, close, perform
 from .stats import Stats
-
-if TYPE_CHECKING:
-    from .driver import Target
 
 # An engine without connections costs about 10 KiB and 0.1 ms to make again.
 MAX_ENGINES: Final = 256
@@ -63,8 +61,6 @@ class SharedDialect(PGDialect_psycopg):
         return (), {"context": arguments.get("context")}
 
     def connect(self, *, target: Target, context: Any = None) -> Any:
-        from .driver import connect  # here, so that `import shardrepo` loads no driver
-
         connection = connect(target, context)
         version = connection.info.server_version
         if self.server_version not in (None, version):
@@ -167,7 +163,7 @@ class ConnectionCache:
         engine = create_engine(
             database.url.set(drivername="postgresql+shardrepo"),
             shared=dialect,
-            connect_args={"target": self._target(database)},
+            connect_args={"target": Target.of(database, self.config)},
             poolclass=LedgerPool,
             ledger=self.ledger,
             database=database,
@@ -182,12 +178,6 @@ class ConnectionCache:
         engine.update_execution_options(compiled_cache=shared.compiled)
         engine.pool.engine = engine  # type: ignore[attr-defined]  # a LedgerPool
         return engine
-
-    def _target(self, database: Database) -> Target:
-        from .driver import Target  # here, so that `import shardrepo` loads no driver
-
-        config = self.config
-        return Target(database, config.connect_timeout, config.application_name, config.connect_args)
 
 
 _caches: Final[weakref.WeakSet[ConnectionCache]] = weakref.WeakSet()

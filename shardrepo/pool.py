@@ -137,6 +137,8 @@ class LedgerPool(Pool):
         self.engine: Engine | None = None
 
     def _do_get(self) -> ConnectionPoolEntry:
+        if self.ledger.disposed:
+            raise self._disposed()
         grant = self.ledger.acquire(self._key, self.kind)
         if isinstance(grant, Wait):
             grant = self._await(grant)
@@ -154,11 +156,14 @@ class LedgerPool(Pool):
 
     def _open(self, entry: Entry[object, CachedConnection]) -> CachedConnection:
         if self.ledger.disposed:
-            raise RepoDisposedError(f"cannot connect to {self.database.home}: this repo was disposed; define a new one")
+            raise self._disposed()
         record = CachedConnection(self, entry)
         record.rest()
         perform(self.ledger, self.ledger.opened(entry, record))
         return record
+
+    def _disposed(self) -> RepoDisposedError:
+        return RepoDisposedError(f"cannot connect to {self.database.home}: this repo was disposed; define a new one")
 
     def _close(self, grant: Entry[object, CachedConnection]) -> None:
         doomed, grant.close = grant.close, ()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from time import perf_counter
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 from sqlalchemy import text
 from sqlalchemy.engine import Connection, Engine
@@ -23,10 +23,12 @@ from . import verbs
 from .config import Config, ConfigSource
 from .context import Context, Transaction
 from .database import Choice, Chosen, Database, choose
-from .engines import ConnectionCache
 from .errors import NoDatabaseError, NotInTransactionError, StaleError, WrongDatabaseError
 from .pool import autocommit, disown, is_aborted, vouch
 from .session import HomeSession, RoutedSession, Snapshot
+
+if TYPE_CHECKING:
+    from .engines import ConnectionCache
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,6 +61,8 @@ class Router:
 
     @cached_property
     def cache(self) -> ConnectionCache:
+        from .engines import ConnectionCache  # here, so that `import shardrepo` loads no driver
+
         with self._lock:
             made: ConnectionCache | None = self.__dict__.get("cache")
             if made is None:

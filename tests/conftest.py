@@ -6,6 +6,7 @@ import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from time import monotonic
 from typing import Any
 
 import psycopg
@@ -115,6 +116,19 @@ def connections_of(server: Server, application_name: str) -> list[tuple[int, str
         return connection.execute(
             "SELECT pid, datname FROM pg_stat_activity WHERE application_name = %s ORDER BY pid", (application_name,)
         ).fetchall()
+
+
+def await_connections(server: Server, application_name: str, databases: Sequence[str]) -> list[int]:
+    """Wait until an application has connections to exactly these databases; returns their pids.
+
+    A server process is seen for a moment after its client has closed the connection.
+    """
+    deadline = monotonic() + 10
+    while True:
+        found = connections_of(server, application_name)
+        if sorted(name for _, name in found) == sorted(databases):
+            return [pid for pid, _ in found]
+        assert monotonic() < deadline, f"expected connections to {databases}, found {found}"
 
 
 _kept_open: dict[tuple[Server, str], psycopg.Connection[Any]] = {}

@@ -18,7 +18,8 @@ PACKAGE = Path(shardrepo.__file__).parent
 LAYERS = [
     {"errors", "stats"},
     {"database", "ledger", "breaker"},
-    {"config", "context", "driver"},
+    {"config", "context", "scram"},
+    {"driver"},
     {"pool"},
     {"engines", "session", "directory"},
     {"verbs"},

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, selectinload
 from shardrepo import Database, Repo, RepoDisposedError, RoutedSession, Stats, WrongDatabaseError
 from shardrepo.testing.servers import Server
 
-from ..conftest import books_balance, connections_of
+from ..conftest import await_connections, books_balance, connections_of
 from ..models import Book, Post, Shelf, Tag, User
 
 pytestmark = pytest.mark.verbs
@@ -215,6 +215,7 @@ def test_ping_opens_a_connection_of_its_own(repo: type[Repo], server: Server) ->
     name = app_name(repo)
     before = connections_of(server, name)
     assert repo.ping() > 0
+    await_connections(server, name, [repo.get_database().name])
     assert connections_of(server, name) == before
     stats = repo.stats()
     assert (stats.attempts, stats.closed, stats.idle, stats.transient) == (2, 1, 1, 0)
@@ -226,11 +227,11 @@ def test_disconnect_closes_what_is_idle(repo: type[Repo], server: Server, two_da
     name = app_name(repo)
     with repo.using(other):
         repo.count(Tag)
-    assert sorted(database for _, database in connections_of(server, name)) == sorted([used, other])
+    await_connections(server, name, [used, other])
     repo.disconnect()
-    assert [database for _, database in connections_of(server, name)] == [other]
+    await_connections(server, name, [other])
     repo.disconnect(other)
-    assert connections_of(server, name) == []
+    await_connections(server, name, [])
     assert books_balance(repo)
     assert repo.count(Tag) == 0
 
@@ -245,7 +246,7 @@ def test_disconnect_all(repo: type[Repo], server: Server, two_databases: tuple[s
         repo.disconnect_all()
         assert len(connections_of(server, name)) == 1
         repo.insert(Tag(label="a"))
-    assert connections_of(server, name) == []
+    await_connections(server, name, [])
     assert repo.count(Tag) == 1
 
 
@@ -253,7 +254,7 @@ def test_dispose(repo: type[Repo], server: Server) -> None:
     """After `dispose` nothing is connected, and a verb says which database it could not reach, and why."""
     name = app_name(repo)
     repo.dispose()
-    assert connections_of(server, name) == []
+    await_connections(server, name, [])
     for verb in (lambda: repo.get(Tag, 1), lambda: repo.insert(Tag(label="a")), repo.ping, repo.transaction().__enter__):
         with pytest.raises(RepoDisposedError, match="disposed") as caught:
             verb()
@@ -270,7 +271,7 @@ def test_dispose_while_a_connection_is_in_use(repo: type[Repo], server: Server, 
         repo.dispose()
         repo.insert(Tag(label="b"))
         assert len(connections_of(server, name)) == 1
-    assert connections_of(server, name) == []
+    await_connections(server, name, [])
     assert sql("SELECT count(*) FROM tags") == [(2,)]
 
 

@@ -21,7 +21,7 @@ from sqlalchemy import select
 from shardrepo import DEFAULT, ConfigError, NoDatabaseError, Repo, TransactionOwnerError, WrongDatabaseError
 from shardrepo.testing.servers import Server
 
-from ..conftest import books_balance, connections_of
+from ..conftest import await_connections, books_balance
 from ..models import Tag
 from .conftest import Pair
 
@@ -703,4 +703,4 @@ def test_a_forked_child(server: Server, pair: Pair, case: str) -> None:
 def test_forks_leave_no_connection(server: Server, pair: Pair) -> None:
     """When parent and child have ended, the server has none of their connections."""
     test_a_forked_child(server, pair, "a child uses connections of its own, and its parent's stay usable")
-    assert connections_of(server, "forking") == []
+    await_connections(server, "forking", [])

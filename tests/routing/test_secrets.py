@@ -263,7 +263,7 @@ def use(repo: type[Repo], choice: Any, verb: Callable[[], Any] | None = None) ->
 @pytest.mark.parametrize("failure", FAILURES)
 def test_no_error_shows_a_password(repo: type[Repo], log: Everything, failure: str) -> None:
     """Neither text, attributes, notes nor a traceback with the library's local variables shows a password."""
-    with pytest.raises(Exception) as caught:  # noqa: PT011  # each failure has an error of its own
+    with pytest.raises(Exception) as caught:  # each failure has an error of its own
         FAILURES[failure](repo)
     assert_hidden(*told(caught.value))
     assert_hidden(*log.lines)

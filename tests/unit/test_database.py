@@ -510,7 +510,7 @@ def test_a_failed_connect_shows_no_password() -> None:
 
     database = a_database(host="/nonexistent", password=SECRET)
     try:
-        connect(Target(database, 5.0, "test", {}), None)
+        connect(Target.of(database, Config.of({})), None)
     except Exception as error:
         shown = shown_with_locals(error)
         stored = pickle.dumps(error)

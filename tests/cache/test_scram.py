@@ -1,0 +1,109 @@
+"""The keys that SCRAM derives from a password are derived once, and never let anybody in who has another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from psycopg import pq
+
+from shardrepo import AuthenticationError, Repo
+from shardrepo.testing.servers import Server
+
+from ..models import Tag
+
+pytestmark = pytest.mark.cache
+
+takes_keys = pq.version() >= 180000
+
+
+@pytest.fixture
+def role(server: Server) -> Iterator[str]:
+    """A role of its own, whose password is "first"."""
+    with server.connect() as connection:
+        connection.execute("CREATE ROLE keyed LOGIN SUPERUSER PASSWORD 'first'")
+        yield "keyed"
+        connection.execute("DROP ROLE keyed")
+
+
+@pytest.fixture
+def derived(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The passwords that keys were derived from."""
+    passwords: list[bytes] = []
+    derive = hashlib.pbkdf2_hmac
+
+    def remember(name: str, password: bytes, *rest: Any) -> bytes:
+        passwords.append(password)
+        return derive(name, password, *rest)
+
+    monkeypatch.setattr(hashlib, "pbkdf2_hmac", remember)
+    return passwords
+
+
+def alter(server: Server, password: str) -> None:
+    with server.connect() as connection:
+        connection.execute(f"ALTER ROLE keyed PASSWORD '{password}'".encode())
+
+
+def test_keys_are_derived_once_for_all_databases(
+    make_repo: Callable[..., type[Repo]], make_databases: Callable[..., list[str]], role: str, derived: list[bytes]
+) -> None:
+    """Connecting to several databases of a server as one role derives the keys at the first, and uses them after."""
+    names = make_databases(3)
+    repo = make_repo(names[0])
+    for name in names:
+        with repo.using(database=name, username=role, password="first"):
+            assert repo.count(Tag) == 0
+    assert derived == ([b"first"] if takes_keys else [])
+
+
+def test_known_keys_let_no_wrong_password_in(make_repo: Callable[..., type[Repo]], database: str, role: str) -> None:
+    """After the right password has been used, a wrong one is refused, and the right one still works."""
+    repo = make_repo(database)
+    with repo.using(username=role, password="first"):
+        repo.ping()
+    with repo.using(username=role, password="wrong"), pytest.raises(AuthenticationError):
+        repo.ping()
+    with repo.using(username=role, password="first"):
+        repo.ping()
+
+
+def test_keys_that_went_stale_are_derived_again(
+    make_repo: Callable[..., type[Repo]], database: str, server: Server, role: str, derived: list[bytes]
+) -> None:
+    """Set again, the same password has another salt: the first connect after that goes through, with new keys."""
+    repo = make_repo(database)
+    with repo.using(username=role, password="first"):
+        repo.ping()
+        alter(server, "first")
+        repo.ping()
+        repo.ping()
+    assert derived == ([b"first", b"first"] if takes_keys else [])
+
+
+def test_an_old_password_is_refused_after_a_rotation(
+    make_repo: Callable[..., type[Repo]], database: str, server: Server, role: str
+) -> None:
+    """Its keys are known, and worth nothing any more; the new password works at once."""
+    repo = make_repo(database)
+    with repo.using(username=role, password="first"):
+        repo.ping()
+        alter(server, "second")
+        with pytest.raises(AuthenticationError):
+            repo.ping()
+    with repo.using(username=role, password="second"):
+        repo.ping()
+
+
+def test_a_password_that_is_not_ascii(
+    make_repo: Callable[..., type[Repo]], database: str, server: Server, role: str, derived: list[bytes]
+) -> None:
+    """It is normalised by libpq alone: no key is derived here, and connects go on with the password."""
+    alter(server, "pässwörd’\\")
+    repo = make_repo(database)
+    with repo.using(username=role, password="pässwörd’\\"):
+        repo.ping()
+        repo.ping()
+    assert derived == []
