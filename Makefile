@@ -1,14 +1,19 @@
 # Every target makes what it needs, in a virtual environment of the newest supported Python that is found.
 # Another one: make test PYTHON=python3.12
 
-PYTHON ?= $(shell for python in python3.13 ~/.pyenv/versions/3.13.*/bin/python python3.12 \
+ifndef PYTHON
+# One that is there but does not run, as a pyenv shim may be, or that cannot make virtual environments, is no find.
+PYTHON := $(shell for python in python3.13 ~/.pyenv/versions/3.13.*/bin/python python3.12 \
 	~/.pyenv/versions/3.12.*/bin/python python3.11 ~/.pyenv/versions/3.11.*/bin/python python3; do \
-	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
-ifeq ($(PYTHON),)
-$(error no Python 3.11 or later found: install one, or name it with PYTHON=)
+	$$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 endif
 
-VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VERSION := $(shell $(PYTHON) -c 'import ensurepip, sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+ifeq ($(VERSION),)
+$(error $(or $(PYTHON),Python 3.11 or later) is not here, or cannot make virtual environments: install it with its \
+venv package (Debian: apt-get install python3 python3-venv), or name another with PYTHON=)
+endif
+
 VENV := .venv/$(VERSION)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -39,11 +44,9 @@ bench: $(VENV)/test.installed $(VENV)/bench.installed
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 
+# All or nothing: half an environment would be taken for one by the next run.
 $(BIN)/python:
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
-	echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian: apt-get install python3-venv)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --upgrade 'pip>=25.1'
+	$(PYTHON) -m venv $(VENV) && $(PIP) install --upgrade 'pip>=25.1' || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/demo.installed: pyproject.toml | $(BIN)/python
 	$(PIP) install --editable '.[demo]'

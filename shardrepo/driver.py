@@ -11,7 +11,7 @@ import os
 import re
 import selectors
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
 
@@ -20,7 +20,6 @@ from psycopg import pq
 from psycopg.abc import AdaptContext
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import make_conninfo
-from psycopg.rows import tuple_row
 
 from .config import Config
 from .database import Database, Secret
@@ -48,8 +47,6 @@ _EVENTS: Final = {
 _TAKES_KEYS: Final = pq.version() >= 180000
 _known: Final = KeyStore()
 
-_INVALID_PASSWORD: Final = "28P01"  # noqa: S105  # an SQLSTATE
-
 # The server's answer in libpq's trace: B <length> ErrorResponse S "FATAL" V "FATAL" C "28P01" M …
 _SQLSTATE: Final = re.compile(rb'\tErrorResponse\t.*? C "([0-9A-Z]{5})"')
 
@@ -73,31 +70,66 @@ _RESET: Final = (
 )
 
 
+# What a borrower may set on a connection beside what SQL sets in its session.
+_SETTINGS: Final = ("row_factory", "cursor_factory", "server_cursor_factory", "prepare_threshold", "prepared_max")
+
+
 class DriverConnection(psycopg.Connection[Any]):
     """A psycopg connection that knows whether it was used, and whose it is.
 
     In a forked child, whose copy shares the parent's socket, nothing is sent and nothing is closed.
+
+    Attributes:
+        used: Whether anything was sent, or a setting changed, since `settle` or `rest`.
     """
+
+    used: bool
 
     def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(pgconn, *args, **kwargs)
-        self.used = False
         self._pid = os.getpid()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, "used", True)
+        object.__setattr__(self, name, value)
 
     def wait(self, *args: Any, **kwargs: Any) -> Any:
         if self._pid != os.getpid():
             raise psycopg.OperationalError("this connection belongs to the parent process, which opened it")
-        self.used = True
+        object.__setattr__(self, "used", True)
         return super().wait(*args, **kwargs)
+
+    def add_notice_handler(self, callback: Any) -> None:
+        super().add_notice_handler(callback)
+        object.__setattr__(self, "used", True)
+
+    def add_notify_handler(self, callback: Any) -> None:
+        super().add_notify_handler(callback)
+        object.__setattr__(self, "used", True)
+
+    def settle(self) -> None:
+        """Take the settings that it has now for those that `reset` restores: everybody has prepared it."""
+        self._settings = {name: getattr(self, name) for name in _SETTINGS}
+        self._handlers = (tuple(self._notice_handlers), tuple(self._notify_handlers))
+        self._own_adapters = AdaptersMap(self.adapters)
+        self.rest()
+
+    def rest(self) -> None:
+        """Wait for the next borrower: not in autocommit mode, and unused."""
+        if self.autocommit:
+            self.autocommit = False
+        object.__setattr__(self, "used", False)
 
     def reset(self) -> None:
         """Undo whatever SQL, or a setting of this object, may have left in the session. One round trip."""
+        for name, value in self._settings.items():
+            setattr(self, name, value)
+        self._notice_handlers[:], self._notify_handlers[:] = self._handlers
+        self._adapters = AdaptersMap(self._own_adapters)
         self.isolation_level = None
         self.read_only = None
         self.deferrable = None
         self.autocommit = True
-        self.row_factory = tuple_row
-        self.cursor_factory = psycopg.Cursor
         self.execute(_RESET, prepare=False)
 
     def rollback(self) -> None:
@@ -146,11 +178,16 @@ class _Attempt:
     pgconn: pq.abc.PGconn
     reached: bool = False
     timed_out: bool = False
-    trace: bytes = b""
+    trace: bytes = field(default=b"", repr=False)
 
     @property
     def succeeded(self) -> bool:
         return self.pgconn.status == pq.ConnStatus.OK and not self.timed_out
+
+    @property
+    def is_unexplained(self) -> bool:
+        """Whether a server was reached and ended it, for a reason that only a trace would show."""
+        return self.reached and not self.succeeded and not self.timed_out
 
     @property
     def sqlstate(self) -> str | None:
@@ -180,17 +217,20 @@ def connect(target: Target, context: AdaptContext | None) -> DriverConnection:
 
 
 def _attempt(target: Target) -> _Attempt:
-    """Connect with the keys of the password if they are known, with the password itself if not, or if they fail."""
+    """Connect with the keys of the password if they are known, else with the password.
+
+    What failed is tried once more, with the password and under libpq's trace, to learn the reason or new keys.
+    """
     database = target.database
     deadline = monotonic() + target.timeout
     password = _password_of(database)
-    keys = _known.get(database, password) if _TAKES_KEYS else None
-    attempt = _try(target, password, keys, deadline)
-    if keys is not None and attempt.sqlstate == _INVALID_PASSWORD:
-        _known.forget(database, password)
+    keys = _known.get(database, password)
+    traced = _TAKES_KEYS and not _known.has(database, password)
+    attempt = _try(target, password, keys, deadline, traced=traced)
+    if attempt.is_unexplained and not traced:
         attempt.pgconn.finish()
-        keys, attempt = None, _try(target, password, None, deadline)
-    if keys is None and attempt.succeeded and _TAKES_KEYS:
+        attempt, traced = _try(target, password, None, deadline, traced=True), True
+    if attempt.succeeded and traced and _TAKES_KEYS:
         _known.learn(database, password, attempt.trace)
     return attempt
 
@@ -204,10 +244,10 @@ def _password_of(database: Database) -> Secret | None:
     raise ConfigError(f"the password callable of {database.home} must return a string without NUL characters")
 
 
-def _try(target: Target, password: Secret | None, keys: Keys | None, deadline: float) -> _Attempt:
+def _try(target: Target, password: Secret | None, keys: Keys | None, deadline: float, *, traced: bool) -> _Attempt:
     """Run libpq's connect until *deadline*. No secret is in a local variable while it waits."""
     attempt = _Attempt(pq.PGconn.connect_start(_conninfo(target, password, keys)))
-    with _Trace(attempt.pgconn) as trace:
+    with _Trace(attempt.pgconn, wanted=traced) as trace:
         while attempt.pgconn.status != _BAD:
             polled = attempt.pgconn.connect_poll()
             if polled in (_OK, _FAILED):
@@ -216,8 +256,7 @@ def _try(target: Target, password: Secret | None, keys: Keys | None, deadline: f
             if not _ready(attempt.pgconn.socket, _EVENTS[pq.PollingStatus(polled)], deadline):
                 attempt.timed_out = True
                 break
-        if keys is None or not attempt.succeeded:
-            attempt.trace = trace.read()
+        attempt.trace = trace.read()
     return attempt
 
 
@@ -249,17 +288,20 @@ def _ready(socket: int, event: int, deadline: float) -> bool:
 class _Trace:
     """libpq's trace of one connect, kept in memory: the only place that has the server's SQLSTATE.
 
-    libpq writes it on Linux only; elsewhere there is none and the cause of a failure stays untold.
+    libpq writes it on Linux only; elsewhere there is none and the cause of a failure stays untold. Each trace
+    costs 4 KiB for good, because psycopg does not close the stream that it makes for libpq: for failures, and for
+    the first connect with a password, not for every connect.
     """
 
-    __slots__ = ("_file", "_pgconn")
+    __slots__ = ("_file", "_pgconn", "_wanted")
 
-    def __init__(self, pgconn: pq.abc.PGconn) -> None:
+    def __init__(self, pgconn: pq.abc.PGconn, *, wanted: bool = True) -> None:
         self._pgconn = pgconn
+        self._wanted = wanted
         self._file: int | None = None
 
     def __enter__(self) -> _Trace:
-        if hasattr(os, "memfd_create"):
+        if self._wanted and hasattr(os, "memfd_create"):
             self._file = os.memfd_create("shardrepo-connect")
             self._pgconn.trace(self._file)
         return self
@@ -280,7 +322,10 @@ class _Trace:
 def _error_of(attempt: _Attempt, target: Target) -> ConnectError:
     """Tell why an attempt failed, and end it."""
     text = attempt.pgconn.error_message.decode(errors="replace").strip()
-    refused = attempt.pgconn.needs_password
+    wants_password = attempt.pgconn.needs_password
+    # Before libpq 18 the trace begins after authentication: a server that had asked for the password and then
+    # ended it has refused it.
+    refused = not _TAKES_KEYS and attempt.pgconn.used_password and not attempt.timed_out
     attempt.pgconn.finish()
     home = target.database.home
     if attempt.timed_out:
@@ -288,8 +333,10 @@ def _error_of(attempt: _Attempt, target: Target) -> ConnectError:
     kind, remedy = ConnectError, "see the driver's message"
     if attempt.sqlstate is not None:
         kind, remedy = _ERROR_OF.get(attempt.sqlstate, (kind, remedy))
-    elif refused:
+    elif wants_password:
         kind, remedy = AuthenticationError, "the server wants a password: add one to the config"
+    elif refused:
+        kind, remedy = AuthenticationError, "the server refused the password: check username and password"
     elif attempt.timed_out or not attempt.reached:
         kind, remedy = ServerUnavailableError, "check host and port, and that the server runs"
     return kind(

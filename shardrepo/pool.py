@@ -92,20 +92,12 @@ class CachedConnection(_ConnectionRecord):
                 return False
             if not self.vouched:
                 connection.reset()
-            self.rest()
+            connection.rest()
+            self.vouched = False
         except Exception:
             logger.debug("a connection could not be reset and is closed", exc_info=True)
             return False
         return bool(connection.pgconn.transaction_status == _IDLE)
-
-    def rest(self) -> None:
-        """Forget what was said of the last borrower. Sends nothing."""
-        connection = self.dbapi_connection
-        assert connection is not None
-        if connection.autocommit:
-            connection.autocommit = False
-        connection.used = False
-        self.vouched = False
 
 
 class LedgerPool(Pool):
@@ -158,7 +150,8 @@ class LedgerPool(Pool):
         if self.ledger.disposed:
             raise self._disposed()
         record = CachedConnection(self, entry)
-        record.rest()
+        if record.dbapi_connection is not None:
+            record.dbapi_connection.settle()
         perform(self.ledger, self.ledger.opened(entry, record))
         return record
 
@@ -237,6 +230,8 @@ def disown(connection: Connection) -> None:
 
 def is_aborted(connection: Connection) -> bool:
     """Whether a statement has failed in the transaction of *connection*, so that the server refuses all others."""
+    if connection.invalidated:
+        return True
     dbapi_connection = record_of(connection).dbapi_connection
     return dbapi_connection is not None and dbapi_connection.pgconn.transaction_status == _ABORTED
 

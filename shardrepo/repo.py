@@ -11,7 +11,6 @@ from sqlalchemy.engine import Engine, Result
 
 from . import verbs
 from .config import ConfigSource
-from .context import Transaction
 from .database import Choice, Chosen, Database, Options, choose
 from .errors import ConfigError
 from .router import Router
@@ -272,7 +271,7 @@ class Repo:
     # Transactions
 
     @classmethod
-    def transaction(cls) -> AbstractContextManager[Transaction]:
+    def transaction(cls) -> AbstractContextManager[None]:
         """Run a block in a transaction on the current database: committed at its end, rolled back on any error.
 
         It belongs to the thread or task that opened it. Inside another one on the same database it is part

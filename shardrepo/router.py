@@ -21,7 +21,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from . import verbs
 from .config import Config, ConfigSource
-from .context import Context, Transaction
+from .context import Context
 from .database import Choice, Chosen, Database, choose
 from .errors import NoDatabaseError, NotInTransactionError, StaleError, WrongDatabaseError
 from .pool import autocommit, disown, is_aborted, vouch
@@ -201,19 +201,19 @@ class Router:
             raise
 
     @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
+    def transaction(self) -> Iterator[None]:
         """Open a transaction on the current database, or join the one that is open on it."""
         database = self.current
         joined = self.context.transaction(database)
         if joined is not None:
             with joined.joined():
-                yield joined
+                yield
             return
         with self.cache.engine(database).connect() as connection:
             vouch(connection)
             with self.context.entered(database, connection) as transaction:
                 try:
-                    yield transaction
+                    yield
                     if is_aborted(connection):
                         # PostgreSQL would answer a COMMIT with a ROLLBACK, and call it a success.
                         transaction.doom(PendingRollbackError("a statement of a session that had joined it failed"))

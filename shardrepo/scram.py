@@ -35,26 +35,26 @@ class KeyStore:
     """The keys of the passwords that servers have accepted. Safe for threads: each step is one of a dict's."""
 
     def __init__(self) -> None:
-        self._keys: dict[object, Keys] = {}
+        self._keys: dict[object, Keys | None] = {}
+
+    def has(self, database: Database, password: Secret | None) -> bool:
+        """Whether it is known what to use: keys, or that there are none to use."""
+        return _identity(database, password) in self._keys
 
     def get(self, database: Database, password: Secret | None) -> Keys | None:
         """The keys for *password* where *database* is, if a connection was opened with it before."""
         return self._keys.get(_identity(database, password))
 
     def learn(self, database: Database, password: Secret | None, trace: bytes) -> None:
-        """Derive and remember the keys of a password that was just accepted, as *trace* shows."""
+        """Remember the keys of a password that was just accepted, as *trace* shows; or that there are none, because
+        another method than SCRAM is in use, or the password would have to be normalised as libpq does it."""
         challenge = _CHALLENGE.search(trace)
-        if challenge is None or password is None or not password.reveal().isascii():
-            return  # another method than SCRAM; or a password that would have to be normalised as libpq does it
+        keys = None
+        if challenge is not None and password is not None and password.reveal().isascii():
+            keys = _derived(password, base64.b64decode(challenge[1]), int(challenge[2]))
         if len(self._keys) >= MAX_KEYS:
             self._keys.clear()
-        self._keys[_identity(database, password)] = _derived(
-            password, base64.b64decode(challenge[1]), int(challenge[2])
-        )
-
-    def forget(self, database: Database, password: Secret | None) -> None:
-        """Drop keys that the server refuses: the role's password, or its salt, has changed."""
-        self._keys.pop(_identity(database, password), None)
+        self._keys[_identity(database, password)] = keys
 
 
 def _identity(database: Database, password: Secret | None) -> object:

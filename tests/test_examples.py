@@ -68,6 +68,20 @@ def test_the_readme_runs(readme_servers: dict[str, Server], capsys: pytest.Captu
     namespace["MyRepo"].dispose()  # type: ignore[attr-defined]  # what the first block defines
 
 
+def test_the_commands_that_the_pages_name_exist() -> None:
+    """Each `make` target and each `shardrepo` command in README and CONTRIBUTING is one."""
+    pages = "".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {
+        target for line in re.findall(r"(?:^    |`)make ([a-z -]+)", pages, re.MULTILINE) for target in line.split()
+    }
+    assert named
+    assert named <= targets
+    for command in set(re.findall(r"(?:^    (?:\$ )?|`|python -m )shardrepo ([a-z]+)", pages, flags=re.MULTILINE)):
+        asked = [sys.executable, "-m", "shardrepo", command, "--help"]
+        assert subprocess.run(asked, capture_output=True, text=True, check=False).returncode == 0, command
+
+
 def located(block: str, servers: dict[str, Server]) -> str:
     """Put the addresses of real servers where the README has example hosts."""
     first, second = servers["db01"], servers["db02"]

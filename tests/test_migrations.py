@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, inspect
@@ -22,18 +24,26 @@ def alembic(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_the_migrations_make_what_the_models_say(server: Server) -> None:
-    """Upgraded to head, a database differs in nothing from the demo's models; downgraded, nothing is left."""
+@pytest.fixture
+def database(server: Server) -> Iterator[str]:
+    """An empty database: not a clone of the template, which has tables."""
     server.create_database("migrated")
-    url = server.url("migrated")
+    yield "migrated"
+    server.drop_database("migrated", force=True)
+
+
+def test_the_migrations_make_what_the_models_say(server: Server, database: str) -> None:
+    """Upgraded to head, a database differs in nothing from the demo's models; downgraded, nothing is left."""
+    url = server.url(database)
     engine = create_engine(url, poolclass=NullPool)
-    database = f"database={url.render_as_string(hide_password=False)}"
-    assert alembic("-x", database, "upgrade", "head").returncode == 0
+    named = f"database={url.render_as_string(hide_password=False)}"
+    upgraded = alembic("-x", named, "upgrade", "head")
+    assert upgraded.returncode == 0, upgraded.stderr
     with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
-    assert alembic("-x", database, "downgrade", "base").returncode == 0
+        context = MigrationContext.configure(connection, opts={"compare_server_default": True})
+        assert compare_metadata(context, Base.metadata) == []
+    assert alembic("-x", named, "downgrade", "base").returncode == 0
     assert inspect(engine).get_table_names() == ["alembic_version"]
-    server.drop_database("migrated")
 
 
 def test_a_missing_database_is_asked_for() -> None:

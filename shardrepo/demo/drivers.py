@@ -126,7 +126,10 @@ def make_driver(way: Way, application_name: str, pool_size: int) -> Driver:
 
 
 def _options(url: URL) -> Options:
-    assert url.host and url.port and url.database and url.username
+    assert url.host
+    assert url.port
+    assert url.database
+    assert url.username
     return {
         "host": url.host,
         "port": url.port,

@@ -36,6 +36,7 @@ class Plan:
     Attributes:
         threads: How many users there are.
         think: Seconds that each of them pauses between two operations, on average.
+        ramp: Seconds over which they arrive; all at once, each would find every connection busy.
         seconds: When to end; None for no such end.
         operations: After how many operations in all to end; None for no such end.
         seed: What the choices are drawn from.
@@ -46,6 +47,7 @@ class Plan:
     seconds: float | None
     operations: int | None = None
     seed: int = 1
+    ramp: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +132,13 @@ class Load:
         """How many operations have failed so far, by the error's type and the server's reason."""
         return sum((tally.errors for tally in self.tallies), Counter())
 
+    def inserted(self) -> Counter[str]:
+        """How many rows were inserted so far, by database."""
+        return sum((tally.inserted for tally in self.tallies), Counter())
+
     def _run(self, number: int) -> None:
         tally = self.tallies[number]
+        self._stop.wait(self._plan.ramp * number / self._plan.threads)
         for done, step in enumerate(trace(self._urls, self._plan, number)):
             if self._stop.is_set() or self._is_over(done, number):
                 return

@@ -30,4 +30,4 @@ class Customer(Base):
     )
 
     # An UPDATE returns what the server made of *database*, too, in the same round trip.
-    __mapper_args__: Any = {"eager_defaults": True}
+    __mapper_args__: Any = {"eager_defaults": True}  # noqa: RUF012  # declared by SQLAlchemy as an attribute

@@ -6,10 +6,12 @@ is listed by its server for some milliseconds more, so that a sample is compared
 
 from __future__ import annotations
 
+import threading
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from time import monotonic
 from types import TracebackType
 from typing import Any, Final, Self
@@ -34,6 +36,8 @@ class Recorder:
         self._ledger = ledger
         self._lock = ledger._lock
         self.record = Record(ledger.pool_size)
+        # Guards the two columns about closing, which belong together and are in the order of time.
+        self._closings = threading.Lock()
 
     def __enter__(self) -> Self:
         event.listen(LedgerPool, "close", self._closing)
@@ -47,8 +51,9 @@ class Recorder:
         event.remove(LedgerPool, "close", self._closing)
 
     def _closing(self, connection: Any, _record: object) -> None:
-        self.record.pids.append(connection.info.backend_pid)
-        self.record.closed_at.append(monotonic())
+        with self._closings:
+            self.record.pids.append(connection.info.backend_pid)
+            self.record.closed_at.append(monotonic())
 
     def note(self) -> None:
         """Add the present state. Called with the ledger's lock held."""
@@ -132,7 +137,7 @@ class Record:
         first = bisect_right(self.at, start) - 1
         area = sum(
             (until - since) * (self.busy[first + n] if first + n >= 0 else 0)
-            for n, (since, until) in enumerate(zip(times, times[1:], strict=False))
+            for n, (since, until) in enumerate(pairwise(times))
         )
         return area / (end - start)
 

@@ -6,11 +6,10 @@ busy application would be late exactly when there is something to see.
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection as Pipe
 from statistics import median
 from time import monotonic
@@ -20,6 +19,8 @@ from typing import Final, Self
 from sqlalchemy import create_engine
 from sqlalchemy.engine import URL, Connection
 from sqlalchemy.pool import NullPool
+
+from .child import Child
 
 # Seconds from the start of one sample to that of the next, if the servers answer in time.
 INTERVAL: Final = 0.02
@@ -64,7 +65,7 @@ class Interval:
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> Interval:
         """Measure it over *samples*; zeros for fewer than two."""
-        gaps = [later.start - earlier.start for earlier, later in zip(samples, samples[1:], strict=False)] or [0.0]
+        gaps = [later.start - earlier.start for earlier, later in pairwise(samples)] or [0.0]
         return cls(median(gaps), max(gaps))
 
 
@@ -82,22 +83,19 @@ class Sampler:
         self._application_name = application_name
 
     def __enter__(self) -> Self:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        arguments = (theirs, self._urls, self._application_name)
-        self._process = context.Process(target=_sample, args=arguments, daemon=True, name="shardrepo-sampler")
-        self._process.start()
-        theirs.close()
-        self.drain(until=1)
+        self._child = Child(_sample, self._urls, self._application_name)
+        self.pipe = self._child.pipe
+        try:
+            self.drain(until=1)
+        except BaseException:
+            self._child.end()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # The process ends when it finds nobody at the other end.
-        self.pipe.close()
-        self._process.join()
-        self._process.close()
+        self._child.end()
 
     def drain(self, until: int = 0) -> None:
         """Take over what has been sampled, and wait for more until there are *until* samples.
@@ -118,7 +116,6 @@ class Sampler:
 
 def _sample(pipe: Pipe, urls: Sequence[URL], application_name: str) -> None:
     """Be the sampler, until the other end of *pipe* is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with ExitStack() as stack:
         servers = [stack.enter_context(_connect(url)) for url in urls]
         begun = monotonic()

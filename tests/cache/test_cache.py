@@ -26,17 +26,17 @@ COUNT = 8
 
 
 @pytest.fixture(scope="module")
-def many(server: Server) -> Iterator[list[str]]:
+def many(server: Server) -> list[str]:
     """Databases that the tests of this module only read, or write tags into."""
     names = [f"cached{number}" for number in range(COUNT)]
     server.create_databases(names, template=TEMPLATE)
-    yield names
-    for name in names:
-        server.drop_database(name, force=True)
+    return names
 
 
 @pytest.fixture
-def named(make_repo: Callable[..., type[Repo]], request: pytest.FixtureRequest) -> Callable[..., tuple[type[Repo], str]]:
+def named(
+    make_repo: Callable[..., type[Repo]], request: pytest.FixtureRequest
+) -> Callable[..., tuple[type[Repo], str]]:
     """Define a repo and say under which name the server knows its connections."""
 
     def make(pool_size: int, **config: Any) -> tuple[type[Repo], str]:
@@ -178,7 +178,7 @@ def test_a_victim_is_closed_before_its_successor_connects(server: Server, many: 
         "password": password,
         "pool_size": 1,
     }
-    repo = type("Careful", (Repo,), {}, config=config)
+    repo: type[Repo] = type("Careful", (Repo,), {}, config=config)
     for database in many[:4]:
         with repo.using(database), repo.engine().connect() as connection:
             victims.append(connection.connection.driver_connection)
@@ -273,7 +273,7 @@ def test_a_repo_that_is_forgotten_closes_its_connections(server: Server, many: l
 
     def use() -> None:
         config = {"url": server.url(many[0]), "application_name": "forgotten"}
-        repo = type("Forgotten", (Repo,), {}, config=config)
+        repo: type[Repo] = type("Forgotten", (Repo,), {}, config=config)
         visit(repo, many[1])
         pid(repo)
         assert len(connections_of(server, "forgotten")) == 2
@@ -484,9 +484,9 @@ def test_an_engine_with_a_connection_out_is_pinned(named: Any, many: list[str]) 
     """A transaction survives the turnover of all engines: its engine, connection and transaction stay the same."""
     repo, _ = named(5)
     repo.set_database(many[0])
-    with repo.transaction() as transaction:
+    with repo.transaction():
         repo.insert(Tag(label="pinned"))
-        before, engine = pid(repo), id(transaction.connection.engine)
+        before, engine = pid(repo), id(repo.engine())
         for number in range(MAX_ENGINES + 5):
             with repo.using(f"never{number}"):
                 repo.engine()

@@ -255,7 +255,12 @@ def test_dispose(repo: type[Repo], server: Server) -> None:
     name = app_name(repo)
     repo.dispose()
     await_connections(server, name, [])
-    for verb in (lambda: repo.get(Tag, 1), lambda: repo.insert(Tag(label="a")), repo.ping, repo.transaction().__enter__):
+    for verb in (
+        lambda: repo.get(Tag, 1),
+        lambda: repo.insert(Tag(label="a")),
+        repo.ping,
+        repo.transaction().__enter__,
+    ):
         with pytest.raises(RepoDisposedError, match="disposed") as caught:
             verb()
         assert repo.get_database().home in str(caught.value)

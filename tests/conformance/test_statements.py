@@ -29,7 +29,10 @@ class Sent:
 
     @property
     def words(self) -> list[str]:
-        return ["RESET" if sql.startswith(("CLOSE ALL", "DISCARD ALL")) else sql.split(None, 1)[0].rstrip(";") for sql in self.statements]
+        return [
+            "RESET" if sql.startswith(("CLOSE ALL", "DISCARD ALL")) else sql.split(None, 1)[0].rstrip(";")
+            for sql in self.statements
+        ]
 
 
 @pytest.fixture
@@ -232,9 +235,7 @@ MAPPER_EVENTS = [(Tag, "before_insert"), (Tag, "after_insert"), (Mapper, "after_
 
 
 @pytest.mark.parametrize(("target", "name"), MAPPER_EVENTS)
-def test_a_mapper_listener_makes_a_transaction(
-    repo: type[Repo], sent: Any, sql: SQL, target: Any, name: str
-) -> None:
+def test_a_mapper_listener_makes_a_transaction(repo: type[Repo], sent: Any, sql: SQL, target: Any, name: str) -> None:
     """A write whose mapper has a listener is a transaction, because the listener may write too."""
     with listening(target, name, log_insert), sent() as written:
         repo.insert(Tag(label="x"))
@@ -264,7 +265,9 @@ def test_a_listener_of_a_parent_class(repo: type[Repo], sql: SQL) -> None:
     assert sql("SELECT count(*) FROM books") == [(0,)]
 
 
-@pytest.mark.parametrize("name", ["before_flush", "after_flush", "after_flush_postexec", "before_commit", "after_begin"])
+@pytest.mark.parametrize(
+    "name", ["before_flush", "after_flush", "after_flush_postexec", "before_commit", "after_begin"]
+)
 def test_a_session_listener_makes_a_transaction(repo: type[Repo], sent: Any, sql: SQL, name: str) -> None:
     """A listener on all sessions may write: the verb is a transaction, and leaves nothing when it fails."""
 

@@ -60,7 +60,8 @@ def test_insert_with_children(repo: type[Repo], sql: SQL) -> None:
     user = repo.insert(User(name="Ada", posts=[first, second]))
     assert sql("SELECT title, author_id FROM posts ORDER BY title") == [("one", user.id), ("two", user.id)]
     assert sql("SELECT post_id, tag_id FROM post_tags") == [(first.id, first.tags[0].id)]
-    for obj in (user, first, second, first.tags[0]):
+    stored: list[Any] = [user, first, second, first.tags[0]]
+    for obj in stored:
         assert repo.home(obj) == repo.get_database().home
         assert inspect(obj).detached
     assert first.author is user
@@ -356,7 +357,9 @@ def test_a_missing_row_is_stale(repo: type[Repo], sql: SQL, verb: str, maker: st
     sql("TRUNCATE users, tags, animals, accounts, places CASCADE")
     before = picture(obj)
     with pytest.raises(StaleError) as caught:
-        repo.delete(obj) if verb == "delete" else repo.update(obj, {CHANGED[type(obj)]: 9 if maker == "a version" else "y"})
+        repo.delete(obj) if verb == "delete" else repo.update(
+            obj, {CHANGED[type(obj)]: 9 if maker == "a version" else "y"}
+        )
     assert caught.value.home == repo.get_database().home
     assert isinstance(caught.value, StaleDataError)
     assert isinstance(caught.value, ShardRepoError)

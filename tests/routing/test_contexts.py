@@ -433,7 +433,7 @@ def test_a_config_callable_is_called_once_at_the_first_use(pair: Pair) -> None:
         called.append(1)
         return {"url": pair.server.url(pair.a)}
 
-    repo = type("Late", (Repo,), {}, config=config)
+    repo: type[Repo] = type("Late", (Repo,), {}, config=config)
     repo.set_database(pair.b)
     assert len(called) == 0
     with ThreadPoolExecutor(4) as executor:
@@ -579,7 +579,7 @@ FORKED = {
                 lambda: MyRepo.execute("DELETE FROM tags"),
                 lambda: MyRepo.session(),
                 lambda: MyRepo.transaction().__enter__(),
-                lambda: transaction.connection.execute(text("DELETE FROM tags")),
+                lambda: session.execute(text("DELETE FROM tags")),
             ):
                 try:
                     verb()
@@ -592,9 +592,10 @@ FORKED = {
             with MyRepo.detached():
                 assert backend() != parents
 
-        with MyRepo.transaction() as transaction:
+        with MyRepo.transaction():
             MyRepo.insert(Tag(label="before"))
             parents = backend()
+            session = MyRepo.session()
             in_child(work)
             MyRepo.insert(Tag(label="after"))
             assert backend() == parents

@@ -94,7 +94,8 @@ def test_the_limits_of_a_config() -> None:
 
 def test_a_repo_without_a_config() -> None:
     """`Repo` itself, and a subclass that never got a config, say how one is given."""
-    for repo in (Repo, type("Bare", (Repo,), {})):
+    bare: type[Repo] = type("Bare", (Repo,), {})
+    for repo in (Repo, bare):
         with pytest.raises(ConfigError, match="config"):
             repo.get(Tag, 1)
         with pytest.raises(ConfigError, match="config"):
@@ -104,7 +105,7 @@ def test_a_repo_without_a_config() -> None:
 def test_a_config_callable_that_is_wrong() -> None:
     """A callable's config is validated when it is first needed, and asked again after it failed."""
     answers: list[Any] = [{"pool_sise": 1}, GOOD]
-    repo = type("Late", (Repo,), {}, config=lambda: answers.pop(0))
+    repo: type[Repo] = type("Late", (Repo,), {}, config=lambda: answers.pop(0))
     with pytest.raises(ConfigError, match="pool_size"):
         repo.get_database()
     assert repo.get_database().name == "x"
@@ -144,12 +145,14 @@ class Missing(OtherBase):
 
 def test_a_model_that_is_not_mapped(repo: type[Repo]) -> None:
     """A class without a mapping is a `TypeError` that names it, and nothing is sent."""
-    for model in (Unmapped, Abstract, OtherBase, int, "User", None):
-        for verb in (repo.all, repo.count, repo.exists, repo.one, repo.one_or_none):
+    models: list[Any] = [Unmapped, Abstract, OtherBase, int, "User", None]
+    verbs: list[Callable[..., Any]] = [repo.all, repo.count, repo.exists, repo.one, repo.one_or_none]
+    for model in models:
+        for verb in verbs:
             with pytest.raises(TypeError):
-                verb(model)  # type: ignore[arg-type]  # the point
+                verb(model)
         with pytest.raises(TypeError, match=getattr(model, "__name__", repr(model))):
-            repo.get(model, 1)  # type: ignore[type-var]  # the point
+            repo.get(model, 1)
     with pytest.raises(TypeError, match="Unmapped"):
         repo.insert(Unmapped())
     assert repo.stats().in_use == 0
@@ -268,14 +271,14 @@ def test_a_deaf_server_delays_nobody_else(pair: Pair, make_repo: Callable[..., t
     errors: list[BaseException] = []
 
     def wait() -> None:
-        with repo.using(port=deaf_port):
+        with repo.using(port=port):
             try:
                 repo.count(Tag)
             except ConnectError as error:
                 errors.append(error)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        deaf_port = listener.getsockname()[1]
+        port = listener.getsockname()[1]
         thread = threading.Thread(target=wait)
         thread.start()
         client, _ = listener.accept()
@@ -371,8 +374,8 @@ def test_every_verb_after_dispose(repo: type[Repo], pair: Pair) -> None:
     tag = repo.get_one(Tag, 1)
     attempts = repo.stats().attempts
     repo.dispose()
-    verbs = {**VERBS, "update": lambda repo: repo.update(tag, label="x"), "delete": lambda repo: repo.delete(tag)}
-    for verb in verbs.values():
+    verbs: list[Callable[[type[Repo]], Any]] = [*VERBS.values(), lambda repo: repo.update(tag, label="x")]
+    for verb in [*verbs, lambda repo: repo.delete(tag)]:
         with pytest.raises(RepoDisposedError, match="disposed") as caught:
             verb(repo)
         assert pair.home(pair.a) in str(caught.value)

@@ -86,7 +86,7 @@ def test_preloading_later_in_a_session_of_the_home(repo: type[Repo], pair: Pair)
 FOREIGN: dict[str, Callable[[type[Repo], Any], Any]] = {
     "insert": lambda repo, user: repo.insert(user),
     "update": lambda repo, user: repo.update(user, name="changed"),
-    "update of pending changes": lambda repo, user: (setattr(user, "name", "changed"), repo.update(user)),
+    "update of pending changes": lambda repo, user: rename_and_update(repo, user),
     "delete": lambda repo, user: repo.delete(user),
     "insert of a child": lambda repo, user: repo.insert(Post(title="new", author=user)),
     "add": lambda repo, user: in_session(repo, lambda session: session.add(user)),
@@ -97,7 +97,7 @@ FOREIGN: dict[str, Callable[[type[Repo], Any], Any]] = {
     "merge_all": lambda repo, user: in_session(repo, lambda session: session.merge_all([user])),
     "Session.delete": lambda repo, user: in_session(repo, lambda session: session.delete(user)),
     "Session.delete_all": lambda repo, user: in_session(repo, lambda session: session.delete_all([user])),
-    "refresh": lambda repo, user: in_session(repo, lambda session: (session.add(user), session.refresh(user))),
+    "refresh": lambda repo, user: in_session(repo, lambda session: refresh(session, user)),
     "bulk": lambda repo, user: in_session(repo, lambda session: session.bulk_save_objects([user])),
     "by a relationship": lambda repo, user: in_session(
         repo, lambda session: setattr(session.get_one(Post, 1), "author", user)
@@ -106,6 +106,16 @@ FOREIGN: dict[str, Callable[[type[Repo], Any], Any]] = {
         repo, lambda session: session.enable_relationship_loading(user)
     ),
 }
+
+
+def rename_and_update(repo: type[Repo], user: User) -> None:
+    user.name = "changed"
+    repo.update(user)
+
+
+def refresh(session: Session, user: User) -> None:
+    session.add(user)
+    session.refresh(user)
 
 
 def in_session(repo: type[Repo], work: Callable[[Session], Any]) -> None:
@@ -202,10 +212,10 @@ MIXED: dict[str, Callable[[type[Repo], dict[str, Any]], Any]] = {
         repo, lambda session: session.add(Post(title="new", author=of_b["user"]))
     ),
     "session one-to-many": lambda repo, of_b: in_session(
-        repo, lambda session: [user.posts.append(of_b["post"]) for user in [session.get_one(User, 1)]]
+        repo, lambda session: append(session.get_one(User, 1), "posts", of_b["post"])
     ),
     "session many-to-many": lambda repo, of_b: in_session(
-        repo, lambda session: [post.tags.append(of_b["tag"]) for post in [session.get_one(Post, 1)]]
+        repo, lambda session: append(session.get_one(Post, 1), "tags", of_b["tag"])
     ),
     "merge a graph": lambda repo, of_b: in_session(
         repo, lambda session: session.merge(User(name="new", posts=[of_b["post"]]))
@@ -214,6 +224,10 @@ MIXED: dict[str, Callable[[type[Repo], dict[str, Any]], Any]] = {
         repo, lambda session: session.merge(Post(title="new", author=of_b["user"]))
     ),
 }
+
+
+def append(owner: object, name: str, member: object) -> None:
+    getattr(owner, name).append(member)
 
 
 def refer_and_update(repo: type[Repo], foreign: dict[str, Any]) -> None:
@@ -299,7 +313,11 @@ def test_what_failed_here_can_be_rehomed(repo: type[Repo], pair: Pair) -> None:
 
 def test_rehome_copies_a_whole_row(repo: type[Repo], pair: Pair) -> None:
     """A copy takes everything but what the server computes, which is computed where it goes."""
-    pair.sql(pair.b, "DELETE FROM post_tags; DELETE FROM posts; DELETE FROM users; DELETE FROM accounts; DELETE FROM dogs; DELETE FROM animals")
+    pair.sql(
+        pair.b,
+        "DELETE FROM post_tags; DELETE FROM posts; DELETE FROM users; DELETE FROM accounts; DELETE FROM dogs; "
+        "DELETE FROM animals",
+    )
     for obj in (repo.get_one(User, 1), repo.get_one(Account, 1), repo.get_one(Dog, 1)):
         copied = repo.rehome(obj, pair.b)
         with repo.using(pair.b):
@@ -357,9 +375,7 @@ def test_two_transactions_on_two_databases(repo: type[Repo], pair: Pair) -> None
 
 
 @pytest.mark.parametrize("spelling", ["name", "options", "url", "database", "default"])
-def test_a_transaction_is_joined_by_any_spelling_of_its_database(
-    repo: type[Repo], pair: Pair, spelling: str
-) -> None:
+def test_a_transaction_is_joined_by_any_spelling_of_its_database(repo: type[Repo], pair: Pair, spelling: str) -> None:
     """A transaction belongs to a database, not to the words by which it was chosen."""
     ways: dict[str, Any] = {
         "name": pair.a,

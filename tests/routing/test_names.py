@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
@@ -39,11 +39,10 @@ STRANGE = [
 
 
 @pytest.fixture(scope="module")
-def strange(server: Server) -> Iterator[list[str]]:
+def strange(server: Server) -> list[str]:
+    """Databases with strange names, which go with the server."""
     server.create_databases(STRANGE)
-    yield STRANGE
-    for name in STRANGE:
-        server.drop_database(name, force=True)
+    return STRANGE
 
 
 @pytest.mark.parametrize("name", STRANGE, ids=repr)
@@ -71,9 +70,7 @@ def assert_reached(repo: type[Repo], server: Server, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*STRANGE[:12], "Postgres", "template_app ", "x" * 63], ids=repr)
-def test_a_strange_name_that_no_database_has(
-    servers: Servers, make_repo: Callable[..., type[Repo]], name: str
-) -> None:
+def test_a_strange_name_that_no_database_has(servers: Servers, make_repo: Callable[..., type[Repo]], name: str) -> None:
     """Where no database has the name, the error names it, and no server was asked for another."""
     repo = make_repo("postgres", on=servers[2], application_name="strange")
     with repo.using(name), pytest.raises(UnknownDatabaseError) as caught:
@@ -93,13 +90,14 @@ def test_a_name_that_no_database_can_have(make_repo: Callable[..., type[Repo]], 
     """A name that PostgreSQL would cut, or cannot be sent, is refused where it is given; the choice stays."""
     repo = make_repo("postgres")
     before = repo.set_database("template_app")
-    for choose in (
+    ways: list[Callable[[], Any]] = [
         lambda: repo.set_database(name),
         lambda: repo.set_database({"database": name}),
         lambda: repo.set_database(database=name),
         lambda: repo.using(name).__enter__(),
         lambda: repo.disconnect(name),
-    ):
+    ]
+    for choose in ways:
         with pytest.raises(ConfigError):
             choose()
         assert repo.get_database().name == "template_app"
@@ -135,9 +133,7 @@ def test_a_strange_host_leads_nowhere_else(make_repo: Callable[..., type[Repo]],
 
 
 @pytest.mark.parametrize("username", ["evil dbname=x", "x' dbname='postgres", "a\\"], ids=repr)
-def test_a_strange_user_is_a_user(
-    server: Server, make_repo: Callable[..., type[Repo]], username: str
-) -> None:
+def test_a_strange_user_is_a_user(server: Server, make_repo: Callable[..., type[Repo]], username: str) -> None:
     """A user name with the syntax of conninfo is a user name."""
     with server.connect() as connection:
         role = psycopg.sql.Identifier(username)
@@ -221,7 +217,7 @@ def test_a_config_without_a_host_takes_none_from_the_environment(
     evil: dict[str, str], make_repo: Callable[..., type[Repo]], server: Server
 ) -> None:
     """A host or a database that nobody named is an error, not the environment's."""
-    no_host = type("NoHost", (Repo,), {}, config={"database": "postgres", "port": server.port})
+    no_host: type[Repo] = type("NoHost", (Repo,), {}, config={"database": "postgres", "port": server.port})
     with pytest.raises(ConfigError, match="host"):
         no_host.execute("SELECT 1")
     no_database = make_repo(None)
@@ -231,7 +227,7 @@ def test_a_config_without_a_host_takes_none_from_the_environment(
 
 def test_a_missing_port_is_5432_and_not_the_environments(evil: dict[str, str]) -> None:
     """The port that nobody named is PostgreSQL's own, whatever PGPORT says."""
-    repo = type("NoPort", (Repo,), {}, config={"url": "postgresql+psycopg://app@127.0.0.1/x"})
+    repo: type[Repo] = type("NoPort", (Repo,), {}, config={"url": "postgresql+psycopg://app@127.0.0.1/x"})
     assert repo.get_database().port == 5432
     assert repo.get_database().home == "127.0.0.1:5432/x"
 

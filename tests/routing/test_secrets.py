@@ -33,7 +33,9 @@ def keeper(server: Server) -> Iterator[str]:
     """A role whose password nobody may see."""
     with server.connect() as connection:
         role = psycopg.sql.Identifier(USER)
-        connection.execute(psycopg.sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(role, psycopg.sql.Literal(SECRET)))
+        connection.execute(
+            psycopg.sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}").format(role, psycopg.sql.Literal(SECRET))
+        )
     yield USER
     with server.connect() as connection:
         connection.execute(f"DROP ROLE {USER}".encode())
@@ -51,7 +53,7 @@ def repo(server: Server, keeper: str, two_databases: tuple[str, str]) -> Iterato
     }
     sqlalchemys = logging.getLogger("sqlalchemy")
     handlers = list(sqlalchemys.handlers)
-    repo = type("SecretRepo", (Repo,), {}, config=config)
+    repo: type[Repo] = type("SecretRepo", (Repo,), {}, config=config)
     yield repo
     repo.dispose()
     sqlalchemys.handlers = handlers  # without the one to stdout that echo adds
@@ -104,7 +106,7 @@ def test_a_password_in_a_url(server: Server, keeper: str, repo: type[Repo]) -> N
     url = server.url("postgres").set(username=keeper, password=SECRET)
     with repo.using(url):
         assert repo.execute("SELECT session_user").scalar_one() == keeper
-    parsed = type("Parsed", (Repo,), {}, config=url.render_as_string(hide_password=False))
+    parsed: type[Repo] = type("Parsed", (Repo,), {}, config=url.render_as_string(hide_password=False))
     assert parsed.execute("SELECT session_user").scalar_one() == keeper
     parsed.dispose()
 
@@ -135,7 +137,7 @@ def test_a_password_callable_is_asked_at_every_connect(server: Server, keeper: s
         return SECRET
 
     config = {"host": server.host, "port": server.port, "database": "postgres", "username": keeper}
-    repo = type("Asking", (Repo,), {}, config={**config, "password": password})
+    repo: type[Repo] = type("Asking", (Repo,), {}, config={**config, "password": password})
     repo.get_database()
     assert len(asked) == 0
     repo.execute("SELECT 1")
@@ -169,7 +171,7 @@ def test_a_password_callable_that_fails(server: Server, keeper: str) -> None:
         return value
 
     config = {"host": server.host, "port": server.port, "database": "postgres", "username": keeper}
-    repo = type("Asking", (Repo,), {}, config={**config, "password": password})
+    repo: type[Repo] = type("Asking", (Repo,), {}, config={**config, "password": password})
     with pytest.raises(Vault):
         repo.execute("SELECT 1")
     assert books_balance(repo)
@@ -248,11 +250,16 @@ FAILURES: dict[str, Callable[[type[Repo]], Any]] = {
     "no password": lambda repo: use(repo, repo.get_database().url),
     "a statement": lambda repo: repo.execute("SELECT * FROM nothing"),
     "a verb": lambda repo: repo.insert(Tag(label=None)),
-    "a transaction": lambda repo: repo.transaction().__enter__().connection.execute(text("SELECT nothing")),
+    "a transaction": lambda repo: fail_in_a_transaction(repo),
     "ping": lambda repo: use(repo, {"password": WRONG}, repo.ping),
     "a session": lambda repo: use(repo, {"password": WRONG}, lambda: repo.session().execute(text("SELECT 1"))),
     "after dispose": lambda repo: (repo.dispose(), repo.execute("SELECT 1")),
 }
+
+
+def fail_in_a_transaction(repo: type[Repo]) -> None:
+    with repo.transaction(), repo.session() as session:
+        session.execute(text("SELECT nothing"))
 
 
 def use(repo: type[Repo], choice: Any, verb: Callable[[], Any] | None = None) -> None:
@@ -274,7 +281,7 @@ def test_no_error_shows_a_password(repo: type[Repo], log: Everything, failure: s
 def test_an_unknown_connection_parameter_shows_no_password(server: Server, keeper: str) -> None:
     """The error about a parameter that libpq does not know, met while the password is at hand, hides it."""
     config = {"host": server.host, "port": server.port, "database": "postgres", "username": keeper, "password": SECRET}
-    repo = type("Wrong", (Repo,), {}, config={**config, "connect_args": {"no_such_parameter": "1"}})
+    repo: type[Repo] = type("Wrong", (Repo,), {}, config={**config, "connect_args": {"no_such_parameter": "1"}})
     with pytest.raises(ConfigError, match="no_such_parameter") as caught:
         repo.execute("SELECT 1")
     assert_hidden(*told(caught.value))
@@ -317,13 +324,13 @@ def test_no_repr_shows_a_password(repo: type[Repo], server: Server, keeper: str)
     """No object of the library that a user can get hold of shows a password, nor does SQLAlchemy's over it."""
     url = server.url("postgres").set(username=keeper, password=SECRET)
     choice = [repo.set_database(url), repo.set_database(password=SECRET), repo.set_database(None)]
-    with repo.using(password=SECRET), repo.transaction() as transaction:
+    with repo.using(password=SECRET), repo.transaction():
         session = repo.session()
         engine = repo.engine()
         connection = session.connection()
         raw = connection.connection
         things: list[object] = [
-            *choice, repo, repo.get_database(), repo.stats(), transaction, session, engine, engine.url, engine.pool,
+            *choice, repo, repo.get_database(), repo.stats(), session, engine, engine.url, engine.pool,
             engine.dialect, engine.pool.status(), connection, raw, raw.driver_connection, Config.of(url),
             Config.of({"url": url, "connect_args": {"sslmode": "prefer"}}),
         ]  # fmt: skip

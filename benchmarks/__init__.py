@@ -1,0 +1,1 @@
+"""What shardrepo costs, measured side by side with what one would use instead: `python -m benchmarks`."""

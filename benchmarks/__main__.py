@@ -1,0 +1,64 @@
+"""`python -m benchmarks [warm cold checkout memory] [--json] [--write]`: a few minutes on a server of its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import TypeAlias
+
+from . import checkout, cold, memory, warm
+from .ground import Ground, ground
+from .measure import Figure, MissingError, Skipped
+from .report import FIGURES, Results, Section, as_json, as_page, as_table, surroundings
+
+Benchmark: TypeAlias = Callable[[Ground], Iterator[Figure | Skipped]]
+
+BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
+    module.__name__.rpartition(".")[2]: (module.__doc__ or "", module.run) for module in (warm, checkout, cold, memory)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="benchmark", help=f"some of {', '.join(BENCHMARKS)}; all without")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--write", action="store_true", help=f"write docs/{FIGURES.name} too, which needs all of them")
+    arguments = parser.parse_args()
+    names = arguments.names or list(BENCHMARKS)
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        parser.error(f"no benchmark {unknown[0]!r}: there are {', '.join(BENCHMARKS)}")
+    if arguments.write and set(names) != set(BENCHMARKS):
+        parser.error("--write writes the whole page: name no benchmark, or all of them")
+    results, about = measured(names)
+    print(as_json(results, about) if arguments.json else "\n".join(as_table(results)))
+    if arguments.write:
+        FIGURES.write_text(as_page(results, about))
+
+
+def measured(names: list[str]) -> tuple[Results, dict[str, str]]:
+    """Run the benchmarks one after the other, on one server; what cannot run is skipped by name."""
+    results: dict[str, Section] = {}
+    with ExitStack() as stack:
+        try:
+            shared = stack.enter_context(ground())
+        except MissingError as error:
+            return {name: Section(BENCHMARKS[name][0], [Skipped(name, str(error))]) for name in names}, surroundings(
+                None
+            )
+        about = surroundings(shared.server.version)
+        for name in names:
+            documented, run = BENCHMARKS[name]
+            print(f"{name} …", file=sys.stderr, flush=True)
+            lines: list[Figure | Skipped] = []
+            try:
+                lines.extend(run(shared))
+            except MissingError as error:
+                lines.append(Skipped(name, str(error)))
+            results[name] = Section(documented, lines)
+    return results, about
+
+
+if __name__ == "__main__":
+    main()

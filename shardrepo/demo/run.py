@@ -1,0 +1,98 @@
+"""The demo from its beginning to its end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy.engine import URL
+
+from ..testing.servers import start_servers
+from .drivers import Way
+from .fleet import audit, create
+from .load import Plan
+from .picture import draw
+from .report import Audit, Outcome, Report, Settings
+from .sampler import Sampler
+from .show import Show, View
+from .worker import Message, Rested, Worker
+
+WAYS: Final[tuple[Way, ...]] = ("repo", "by hand")
+
+# Seconds after the end of a load until its connections are counted at rest.
+_SETTLE: Final = 0.5
+
+# Where Linux has a file system in memory; the bytes of a database of PostgreSQL 18 in it, and what a server
+# takes beside those, as so many databases.
+_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # a folder with a random name is made in it
+_DATABASE_SIZE: Final = 8 << 20
+_OWN_DATABASES: Final = 10
+
+
+def run(settings: Settings, show: Show) -> Report:
+    """Start the servers, run both loads, draw them, stop the servers. Leaves the picture behind, nothing else."""
+    show.say(f"Starting {settings.servers} PostgreSQL servers")
+    with start_servers(settings.servers, directory=roomy_memory(settings)) as servers:
+        with show.building(settings.databases) as progress:
+            urls = create(servers, settings.databases, progress)
+        doors = [server.url() for server in servers]
+        outcomes = {way: measure(way, doors, urls, settings, show) for way in WAYS}
+    picture = draw(settings, outcomes, _folder() / "shardrepo-demo.png")
+    return Report(settings, outcomes, picture)
+
+
+def measure(way: Way, doors: Sequence[URL], urls: Sequence[URL], settings: Settings, show: Show) -> Outcome:
+    """Run the load one way, in a process of its own, while another samples the servers."""
+    name = f"demo {way}"
+    plan = Plan(settings.threads, settings.think_ms / 1000, settings.seconds, seed=settings.seed)
+    with Sampler(doors, name) as sampler, Worker(way, name, urls, plan, settings.pool_size) as worker:
+        load = _watch(worker, sampler, View(way, settings), show)
+        sampler.drain_after(load.ended + _SETTLE)
+    samples = [sample for sample in sampler.samples if sample.start >= load.started]
+    return Outcome(way, load, _audited(urls, load.inserted), samples)
+
+
+def _watch(worker: Worker, sampler: Sampler, view: View, show: Show) -> Rested:
+    """Show the load until it has ended."""
+    with show.watching(view):
+        while True:
+            ready = wait([worker.pipe, sampler.pipe])
+            sampler.drain()
+            view.sample = sampler.samples[-1]
+            if worker.pipe in ready:
+                report: Message = worker.pipe.recv()
+                if isinstance(report, Rested):
+                    return report
+                view.take(report)
+
+
+def _audited(urls: Sequence[URL], inserted: Mapping[str, int]) -> Audit:
+    strays, lost = 0, Counter(inserted)
+    for name, found, added in audit(urls):
+        strays += found
+        lost[name] -= added
+    return Audit(strays, sum((+lost).values()))
+
+
+def roomy_memory(settings: Settings) -> Path | None:
+    """The file system in memory if the databases fill no more than half of it and of what is free; else None.
+
+    On a disk, cloning 600 databases takes 2 to 4 times as long, and removing them 8 times.
+    """
+    needed = (settings.databases + _OWN_DATABASES * settings.servers) * _DATABASE_SIZE
+    if not os.access(_MEMORY, os.W_OK):
+        return None
+    free = min(shutil.disk_usage(_MEMORY).free, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return _MEMORY if needed < free / 2 else None
+
+
+def _folder() -> Path:
+    """Where the picture goes: here, if that can be written to."""
+    here = Path.cwd()
+    return here if os.access(here, os.W_OK) else Path(tempfile.gettempdir())

@@ -1,0 +1,270 @@
+"""The main job under load: many threads, many databases, one target, as the servers see it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import subprocess
+import sys
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]  # has no stubs of its own
+import pytest
+from sqlalchemy.engine import URL
+
+from shardrepo.demo.drivers import RepoDriver
+from shardrepo.demo.fleet import TEMPLATE, audit, create
+from shardrepo.demo.load import Load, Plan, trace
+from shardrepo.demo.record import Record, Recorder, samples_over
+from shardrepo.demo.sampler import INTERVAL, Interval, Sample, Sampler
+from shardrepo.ledger import Entry, Kind, Ledger
+from shardrepo.stats import Stats
+from shardrepo.testing.servers import Server, Servers
+
+LONG = bool(os.environ.get("SHARDREPO_LONG"))
+OPERATIONS = 100_000 if LONG else 20_000
+DATABASES = 60
+POOL_SIZE = 20
+PLAN = Plan(threads=8, think=0.005, seconds=None, operations=OPERATIONS, seed=1)
+ROLE = "load"
+
+pytestmark = [pytest.mark.cache, pytest.mark.timeout(1200 if LONG else 240)]
+
+Checkout = tuple[str, Entry[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One load, as its threads, the cache's books and the servers saw it."""
+
+    load: Load
+    stats: Stats
+    record: Record
+    samples: Sequence[Sample]
+    checkouts: Sequence[Checkout]
+    audit: Sequence[tuple[str, int, int]]
+
+
+@pytest.fixture(scope="module")
+def urls(servers: Servers) -> Iterator[list[URL]]:
+    """Sixty databases over three servers, with the demo's table and rows."""
+    for server in servers:
+        create_role(server)
+    made = create(servers, DATABASES, lambda _: None)
+    yield [url.set(username=ROLE) for url in made]
+    for server in servers:
+        for name in [url.database for url in made if url.port == server.port]:
+            server.drop_database(str(name))
+        server.drop_database(TEMPLATE)
+
+
+def create_role(server: Server) -> None:
+    """Create the load's role, with a password that was hashed once and not 4096 times.
+
+    A connect then costs a quarter of the time, nearly all of which the client would spend in libpq's hashing.
+    """
+    salt = b"no secret"
+    salted = hashlib.pbkdf2_hmac("sha256", server.password.encode(), salt, 1)
+    stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
+    keys = [base64.b64encode(part).decode() for part in (salt, stored, hmac.digest(salted, b"Server Key", "sha256"))]
+    verifier = "SCRAM-SHA-256$1:{}${}:{}".format(*keys)
+    with server.connect() as connection:
+        connection.execute(f"DROP ROLE IF EXISTS {ROLE}".encode())
+        connection.execute(f"CREATE ROLE {ROLE} SUPERUSER LOGIN PASSWORD '{verifier}'".encode())
+
+
+@pytest.fixture(scope="module")
+def run(servers: Servers, urls: list[URL]) -> Run:
+    """The load, run once for all tests of this module."""
+    driver = RepoDriver("load", POOL_SIZE)
+    load = Load(driver, urls, PLAN)
+    with Recorder(driver.ledger) as recorder, Sampler([server.url() for server in servers], "load") as sampler:
+        checkouts = listen(driver.ledger)
+        load.start()
+        while not load.wait(0.1):
+            sampler.drain()
+        sampler.drain_after(load.ended + 0.5)
+        stats = driver.stats()
+        # Before the repo is disposed: everything must be found by others while its connections are open.
+        audited = list(audit(urls))
+        driver.dispose()
+    run = Run(load, stats, recorder.record, sampler.samples, checkouts, audited)
+    print(summary(run))
+    return run
+
+
+def listen(ledger: Ledger[Any, Any]) -> list[Checkout]:
+    """Record every checkout and every return, in the order in which they happen."""
+    events: list[Checkout] = []
+    acquire, release = ledger.acquire, ledger.release
+
+    def heard_acquire(key: Any, kind: Kind = Kind.KEPT, *more: Any) -> Any:
+        entry = acquire(key, kind, *more)
+        events.append(("acquire", entry))  # type: ignore[arg-type]  # no bound here, so never a Wait
+        return entry
+
+    def heard_release(entry: Entry[Any, Any], reusable: bool = True) -> Any:
+        events.append(("release", entry))
+        return release(entry, reusable)
+
+    ledger.acquire, ledger.release = heard_acquire, heard_release  # type: ignore[assignment, method-assign]
+    return events
+
+
+def offline_hit_rate(checkouts: Sequence[Checkout], size: int) -> float:
+    """The hit rate of a textbook LRU of *size* on the same checkouts and returns, nothing in use evicted."""
+    idle: OrderedDict[int, Any] = OrderedDict()
+    numbers = count()
+    hits = in_use = total = 0
+    for what, entry in checkouts:
+        if what == "acquire":
+            total, in_use = total + 1, in_use + 1
+            found = next((number for number, key in reversed(idle.items()) if key == entry.key), None)
+            if found is not None:
+                hits += 1
+                del idle[found]
+        else:
+            in_use -= 1
+            idle[next(numbers)] = entry.key
+        while idle and len(idle) + in_use > size:
+            idle.popitem(last=False)
+    return hits / total
+
+
+def summary(run: Run) -> str:
+    """The figures of a run, for the record."""
+    interval = Interval.of(run.samples)
+    seconds = run.load.ended - run.load.started
+    closing = sum(bool(run.record.lingering(sample)) for sample in run.samples)
+    return (
+        f"{run.load.operations} operations in {seconds:.1f} s ({run.load.operations / seconds:.0f}/s), "
+        f"{sum(tally.rows for tally in run.load.tallies)} rows checked; "
+        f"{len(run.samples)} samples, one every {interval.median * 1000:.1f} ms, {interval.longest * 1000:.0f} ms at "
+        f"most: peak {max(sample.total for sample in run.samples)}, at rest {run.samples[-1].total}, {closing} with "
+        f"connections that were being closed, {len(samples_over(run.record, run.samples))} over; "
+        f"hit rate {run.stats.hit_rate:.4f}, offline {offline_hit_rate(run.checkouts, POOL_SIZE):.4f}; "
+        f"{run.stats.evictions} evictions, "
+        f"mean busy {run.record.mean_busy(run.load.started, run.load.ended):.1f}"
+    )
+
+
+def test_no_sample_shows_more_than_the_books_allow(run: Run) -> None:
+    """Whenever the servers are asked, they list no connection above the target that is not in use."""
+    assert [(sample, run.record.excess(sample)) for sample in samples_over(run.record, run.samples)] == []
+
+
+def test_the_sampler_was_not_late(run: Run) -> None:
+    """The samples are many, and no other than those that the interval says."""
+    during = [sample for sample in run.samples if sample.start < run.load.ended]
+    assert len(during) > (run.load.ended - run.load.started) / INTERVAL / 4
+    assert sum(sample.total for sample in during) / len(during) > POOL_SIZE / 2
+
+
+def test_a_sample_above_the_bound_is_seen(run: Run) -> None:
+    """The comparison finds one connection too many, and one that stays after it was closed."""
+    record = Record(POOL_SIZE)
+    for column, value in ((record.busy, 1), (record.idle, POOL_SIZE - 1), (record.doomed, 0), (record.pids, 1)):
+        column.append(value)
+    record.at.append(0.0)
+    record.closed_at.append(9.9)
+    listed = tuple((pid, "shard001") for pid in range(1, POOL_SIZE + 2))
+    assert samples_over(record, [Sample(10.0, 10.01, (listed,))]) == []
+    assert len(samples_over(record, [Sample(9.0, 9.01, (listed,)), Sample(19.0, 19.01, (listed,))])) == 2
+
+
+def test_at_rest_there_is_the_target(run: Run) -> None:
+    """After the load the servers list as many connections as the pool's size, and no more."""
+    assert run.samples[-1].total == run.stats.idle == POOL_SIZE
+    assert run.samples[-1].start > run.load.ended
+
+
+def test_hit_rate_is_that_of_an_lru(run: Run) -> None:
+    """Concurrency costs no hits: a textbook LRU of the same size has as many on the same trace."""
+    assert abs(run.stats.hit_rate - offline_hit_rate(run.checkouts, POOL_SIZE)) <= 0.02
+
+
+def test_no_row_is_wrong(run: Run) -> None:
+    """Every row that was read or written is in the database that was meant, by the server's own word."""
+    assert run.load.errors() == Counter()
+    assert run.load.operations == OPERATIONS
+    assert sum(tally.wrong for tally in run.load.tallies) == 0
+    assert sum(tally.rows for tally in run.load.tallies) >= OPERATIONS
+    assert {name: strays for name, strays, _ in run.audit if strays} == {}
+
+
+def test_no_write_is_lost(run: Run) -> None:
+    """What was inserted is in the database that it was inserted into, every row once."""
+    assert {name: added for name, _, added in run.audit if added} == dict(run.load.inserted())
+
+
+def test_the_same_seed_is_the_same_load(run: Run, urls: list[URL]) -> None:
+    """A thread's trace depends on plan, databases and thread alone."""
+    first, again, other = (trace(urls, PLAN, thread) for thread in (3, 3, 4))
+    steps = [next(first) for _ in range(100)]
+    assert steps == [next(again) for _ in range(100)]
+    assert steps != [next(other) for _ in range(100)]
+
+
+DEMO = ("--servers", "2", "--databases", "6", "--threads", "4", "--seconds", "2", "--json")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path, set[int]]:
+    """The demo, run as a user would; what it did, where, and which of its processes are left."""
+    folder = tmp_path_factory.mktemp("demo")
+    mark = f"SHARDREPO_DEMO_TEST={folder}"
+    environment = {**os.environ, "SHARDREPO_DEMO_TEST": str(folder)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "shardrepo", "demo", *DEMO]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    return done, folder, set(processes_with(mark))
+
+
+def processes_with(variable: str) -> Iterator[int]:
+    """The processes that have an environment variable: those of a command, and all that they started."""
+    name, value = variable.split("=", 1)
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(name) == value:
+                yield process.pid
+        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+
+
+def test_the_demo_writes_one_json_object(demo: tuple[subprocess.CompletedProcess[str], Path, set[int]]) -> None:
+    """`--json`: one object with both loads, nothing else on stdout, and exit code 0."""
+    done, _, _ = demo
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["passed"] is True
+    assert report["settings"]["databases"] == 6
+    for way in ("repo", "by_hand"):
+        assert report[way]["operations"] > 0
+        assert report[way]["wrong_rows"] == 0
+    assert report["repo"]["samples"]["over"] == 0
+    assert report["repo"]["connections"]["rest"] <= 20
+
+
+def test_the_demo_draws_a_picture(demo: tuple[subprocess.CompletedProcess[str], Path, set[int]]) -> None:
+    """The PNG is where the report says."""
+    done, folder, _ = demo
+    picture = Path(json.loads(done.stdout)["picture"])
+    assert picture.parent == folder
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_leaves_nothing_running(demo: tuple[subprocess.CompletedProcess[str], Path, set[int]]) -> None:
+    """No process that it started outlives it, and no file but the picture."""
+    _, folder, left = demo
+    assert left == set()
+    assert [path.name for path in folder.iterdir()] == ["shardrepo-demo.png"]
