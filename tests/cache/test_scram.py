@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from psycopg import pq
+from psycopg.sql import SQL, Literal
 
 from shardrepo import AuthenticationError, Repo
 from shardrepo.testing.servers import Server
@@ -44,7 +45,7 @@ def derived(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 def alter(server: Server, password: str) -> None:
     with server.connect() as connection:
-        connection.execute(f"ALTER ROLE keyed PASSWORD '{password}'".encode())
+        connection.execute(SQL("ALTER ROLE keyed PASSWORD {}").format(Literal(password)))
 
 
 def test_keys_are_derived_once_for_all_databases(
@@ -101,9 +102,9 @@ def test_a_password_that_is_not_ascii(
     make_repo: Callable[..., type[Repo]], database: str, server: Server, role: str, derived: list[bytes]
 ) -> None:
     """It is normalised by libpq alone: no key is derived here, and connects go on with the password."""
-    alter(server, "pässwörd’\\")
+    alter(server, "pässwörd'\\")
     repo = make_repo(database)
-    with repo.using(username=role, password="pässwörd’\\"):
+    with repo.using(username=role, password="pässwörd'\\"):
         repo.ping()
         repo.ping()
     assert derived == []

@@ -375,7 +375,8 @@ def test_every_verb_after_dispose(repo: type[Repo], pair: Pair) -> None:
     attempts = repo.stats().attempts
     repo.dispose()
     verbs: list[Callable[[type[Repo]], Any]] = [*VERBS.values(), lambda repo: repo.update(tag, label="x")]
-    for verb in [*verbs, lambda repo: repo.delete(tag)]:
+    verbs.append(lambda repo: repo.delete(tag))
+    for verb in verbs:
         with pytest.raises(RepoDisposedError, match="disposed") as caught:
             verb(repo)
         assert pair.home(pair.a) in str(caught.value)
