@@ -24,11 +24,11 @@ demo: $(VENV)/demo.installed
 	$(BIN)/python -m shardrepo demo $(ARGS)
 
 test: $(VENV)/test.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Also what takes minutes: a hundred thousand operations, hundreds of databases.
 test-all: $(VENV)/test.installed
-	SHARDREPO_LONG=1 $(BIN)/python -m pytest $(ARGS)
+	SHARDREPO_LONG=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Not the pages: the README lines up the comments of its examples.
 lint: $(VENV)/lint.installed

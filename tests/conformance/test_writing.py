@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import pytest
-from sqlalchemy import inspect
+from sqlalchemy import event, inspect
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm.exc import StaleDataError
 
@@ -425,6 +425,42 @@ def test_a_failed_insert_beside_a_stored_parent(repo: type[Repo], sql: SQL) -> N
     post.title = "x"
     repo.insert(post)
     assert sql("SELECT author_id FROM posts") == [(user.id,)]
+
+
+def test_siblings_of_what_is_inserted_stay_new(repo: type[Repo], sql: SQL) -> None:
+    """Another new child of the same stored parent is not inserted along, whether that succeeds or fails."""
+    user = repo.insert(User(name="Ada", posts=[Post(title="first")]))
+    good, bad, sibling = Post(title="good", author=user), Post(title=None, author=user), Post(title="s", author=user)
+    before = picture(sibling)
+    repo.insert(good)
+    with pytest.raises(IntegrityError):
+        repo.insert(bad)
+    assert picture(sibling) == before
+    assert sql("SELECT title FROM posts ORDER BY id") == [("first",), ("good",)]
+
+
+def test_a_failure_leaves_alone_what_another_call_stored(repo: type[Repo], sql: SQL) -> None:
+    """When an insert fails, a sibling that was stored while it ran, as by another thread, stays stored."""
+    user = repo.insert(User(name="Ada", posts=[Post(title="first")]))
+    fails, sibling = Post(title="fails", author=user), Post(title="sibling", author=user)
+
+    def store_sibling(mapper: Any, connection: Any, target: Post) -> None:
+        if target is fails:
+            with repo.detached():
+                repo.insert(sibling)
+            raise ZeroDivisionError
+
+    event.listen(Post, "before_insert", store_sibling)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            repo.insert(fails)
+    finally:
+        event.remove(Post, "before_insert", store_sibling)
+    assert repo.home(fails) is None
+    assert repo.home(sibling) == repo.get_database().home
+    assert sibling.author is user
+    repo.update(sibling, title="changed")
+    assert sql("SELECT title, author_id FROM posts ORDER BY id") == [("first", user.id), ("changed", user.id)]
 
 
 def test_a_failed_insert_into_two_tables(repo: type[Repo], sql: SQL) -> None:

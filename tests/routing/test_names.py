@@ -166,12 +166,12 @@ def evil(servers: Servers, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> di
     there = servers[1]
     services = tmp_path / "pg_service.conf"
     services.write_text(
-        f"[evil]\nhost=127.0.0.1\nhostaddr=127.0.0.1\nport={there.port}\ndbname=postgres\nuser={there.username}\n"
+        f"[evil]\nhost=127.0.0.2\nhostaddr=127.0.0.2\nport={there.port}\ndbname=postgres\nuser={there.username}\n"
         f"password={there.password}\n"
     )
     variables = {
-        "PGHOST": "127.0.0.1",
-        "PGHOSTADDR": "127.0.0.1",
+        "PGHOST": "127.0.0.2",
+        "PGHOSTADDR": "127.0.0.2",  # this machine too, where no server listens
         "PGPORT": str(there.port),
         "PGDATABASE": "postgres",
         "PGUSER": "nobody",
