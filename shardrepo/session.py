@@ -59,8 +59,9 @@ def _home(state: InstanceState[Any]) -> str | None:
 
 def check_home(state: InstanceState[Any], home: str) -> None:
     """Raise `WrongDatabaseError` if the object of *state* is stored, or bound, anywhere but in *home*."""
+    is_new = state.key is None
     found = _home(state)
-    if found == home or (found is None and state.key is None):
+    if found == home or (found is None and is_new):
         return
     where = f"belongs to {found}" if found else "was not loaded through a repo, so its home is unknown"
     raise WrongDatabaseError(
@@ -72,10 +73,29 @@ def check_home(state: InstanceState[Any], home: str) -> None:
 
 
 def graph(state: InstanceState[Any], cascade: str = "save-update") -> Iterator[InstanceState[Any]]:
-    """The objects that writing this one may touch: itself, and what the mapping cascades to. Loads nothing."""
-    yield state
-    for _, _, related, _ in state.mapper.cascade_iterator(cascade, state):
-        yield related
+    """The objects that writing this one may touch: itself, and what the mapping cascades to. Loads nothing.
+
+    It ends at stored objects that are referred to, which are written by key: what else those refer to, the
+    children of a shared parent among it, is somebody else's.
+    """
+    seen, ahead = {state}, [state]
+    while ahead:
+        current = ahead.pop()
+        yield current
+        related = {
+            other for one in current.mapper.relationships if cascade in one.cascade for other in _members(current, one)
+        }
+        ahead.extend(related - seen)
+        seen |= related
+
+
+def _members(state: InstanceState[Any], relationship: Any) -> list[InstanceState[Any]]:
+    """What a relationship holds, and held before it was changed, as far as it is loaded."""
+    pending = state.manager[relationship.key].impl.get_all_pending(state, state.dict)
+    members = [member for member, _ in pending if member is not None]
+    if relationship.direction is MANYTOONE:
+        return [member for member in members if member.key is None]
+    return members
 
 
 def check_graph(states: Iterable[InstanceState[Any]], home: str) -> None:
@@ -192,7 +212,8 @@ class RoutedSession(HomeSession):
 
     def merge(self, instance: T, **kwargs: Any) -> T:
         """`Session.merge`; refuses an object of another database, and one that refers to such an object."""
-        check_graph(graph(state_of(instance), "merge"), self.home)
+        state = state_of(instance)
+        check_graph([state, *(other for *_, other, _ in state.mapper.cascade_iterator("merge", state))], self.home)
         return super().merge(instance, **kwargs)
 
     def merge_all(self, instances: Iterable[T], **kwargs: Any) -> Sequence[T]:
@@ -277,7 +298,7 @@ def write_by_key(state: InstanceState[Any]) -> Callable[[], None]:
     One stored parent may then serve many threads at once. Returns what puts the references back, as
     loaded, after a flush that succeeded.
     """
-    taken: dict[str, object] = {}
+    taken: dict[Any, object] = {}
     for relationship in state.mapper.relationships:
         name = relationship.key
         if relationship.direction is not MANYTOONE or relationship.viewonly or name not in state.dict:
@@ -285,15 +306,20 @@ def write_by_key(state: InstanceState[Any]) -> Callable[[], None]:
         target = state.dict[name]
         if target is not None and state_of(target).key is None:
             continue
-        if target is not None:
-            _forget_pending(state, relationship, state_of(target))
         if name in state.committed_state or (state.key is None and target is not None):
             for local, remote in relationship.local_remote_pairs:
                 value = None if target is None else _value_of(target, remote)
                 setattr(state.obj(), state.mapper.get_property_by_column(local).key, value)
-        taken[name] = state.dict.pop(name)
+        taken[relationship] = state.dict.pop(name)
         state.committed_state.pop(name, None)
-    return lambda: state.dict.update(taken)
+
+    def put_back() -> None:
+        for relationship, target in taken.items():
+            state.dict[relationship.key] = target
+            if target is not None:
+                _forget_pending(state, relationship, state_of(target))
+
+    return put_back
 
 
 def _forget_pending(state: InstanceState[Any], relationship: Any, target: InstanceState[Any]) -> None:
