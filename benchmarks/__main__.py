@@ -34,7 +34,7 @@ def main() -> None:
     results, about = measured(names)
     print(as_json(results, about) if arguments.json else "\n".join(as_table(results)))
     if arguments.write:
-        FIGURES.write_text(as_page(results, about))
+        FIGURES.write_text(as_page(results, about), encoding="utf-8")
 
 
 def measured(names: list[str]) -> tuple[Results, dict[str, str]]:
