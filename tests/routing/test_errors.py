@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
+from psycopg import pq
 from sqlalchemy import select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -242,7 +243,8 @@ def test_the_remedy_and_the_sqlstate(repo: type[Repo], closed_port: int) -> None
     for choice, remedy, sqlstate in (
         ({"port": closed_port}, "check host and port", None),
         ({"database": "missing"}, "create it, or choose another", "3D000"),
-        ({"password": "wrong"}, "check username and password", "28P01"),
+        # Before version 18, libpq's trace begins after authentication.
+        ({"password": "wrong"}, "check username and password", "28P01" if pq.version() >= 180000 else None),
     ):
         with repo.using(choice), pytest.raises(ConnectError, match=remedy) as caught:
             repo.execute("SELECT 1")
