@@ -42,7 +42,7 @@ def run(settings: Settings, show: Show) -> Report:
         with show.building(settings.databases) as progress:
             urls = create(servers, settings.databases, progress)
         doors = [server.url() for server in servers]
-        outcomes = {way: measure(way, doors, urls, settings, show) for way in WAYS}
+        outcomes: dict[Way, Outcome] = {way: measure(way, doors, urls, settings, show) for way in WAYS}
     picture = draw(settings, outcomes, _folder() / "shardrepo-demo.png")
     return Report(settings, outcomes, picture)
 
