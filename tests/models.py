@@ -30,7 +30,7 @@ class User(Base):
     email: Mapped[str | None] = mapped_column(String(200), unique=True)
     age: Mapped[int] = mapped_column(default=0)
     city: Mapped[str] = mapped_column(server_default="nowhere")
-    name_length: Mapped[int] = mapped_column(Computed("length(name)"))
+    name_length: Mapped[int] = mapped_column(Computed("length(name)", persisted=True))
     posts: Mapped[list[Post]] = relationship(back_populates="author", cascade="save-update, merge, delete")
 
 
