@@ -32,6 +32,10 @@ from .stats import Stats
 # An engine without connections costs about 10 KiB and 0.1 ms to make again.
 MAX_ENGINES: Final = 256
 
+# Connects to one server at a time. More of them end no sooner, where one interpreter and one server do the work, and
+# while they are under way they take the places of idle connections (decision 9 has the figures).
+MAX_CONNECTING: Final = 1
+
 # Statements kept compiled per server; SQLAlchemy's own default per engine is 500.
 MAX_COMPILED: Final = 1000
 
@@ -98,7 +102,7 @@ class ConnectionCache:
 
     def __init__(self, config: Config, max_connections: int | None = None, checkout_timeout: float = 30.0) -> None:
         self.config = config
-        self.ledger: Books = Ledger(config.pool_size, max_connections)
+        self.ledger: Books = Ledger(config.pool_size, max_connections, MAX_CONNECTING)
         self._checkout_timeout = checkout_timeout
         self._start_empty()
         weakref.finalize(self, _close_idle, self.ledger)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -67,11 +67,12 @@ class Entry(Generic[K, C]):
     caller has to close first.
     """
 
-    __slots__ = ("close", "connection", "key", "kind", "retired", "state", "succeeded")
+    __slots__ = ("close", "connection", "key", "kind", "retired", "server", "state", "succeeded")
 
-    def __init__(self, key: K, kind: Kind) -> None:
+    def __init__(self, key: K, kind: Kind, server: Hashable) -> None:
         self.key = key
         self.kind = kind
+        self.server = server
         self.state = _CONNECTING
         self.connection: C | None = None
         self.retired = False
@@ -85,16 +86,19 @@ class Entry(Generic[K, C]):
 
 @dataclass(slots=True, eq=False)
 class Wait(Generic[K, C]):
-    """A place in the queue for a hard bound. *grant* is set before *turn* is, once.
+    """A place in the queue, for a hard bound or for a turn to connect. *grant* is set before *turn* is, once.
 
-    Ends in that grant or in `give_up`. *close* holds what is to be closed meanwhile.
+    Ends in that grant or in `give_up`. *close* holds what is to be closed meanwhile. Once it is not *patient*
+    any more, it waits for no turn to connect.
     """
 
     key: K
     kind: Kind
+    server: Hashable
     turn: Turn
     close: Sequence[Entry[K, C]]
     grant: Entry[K, C] | None = None
+    patient: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +118,15 @@ class Ledger(Generic[K, C]):
     Args:
         pool_size: The target, for all keys together. Above it nothing idle is kept; it bounds nobody.
         max_connections: A hard bound over everything that is open or being opened; None for no bound.
+        max_connecting: How many connect to one server at a time while they are patient; None for no bound.
     """
 
-    def __init__(self, pool_size: int, max_connections: int | None = None) -> None:
+    def __init__(
+        self, pool_size: int, max_connections: int | None = None, max_connecting: int | None = None
+    ) -> None:
         self.pool_size: Final = pool_size
         self.max_connections: Final = max_connections
+        self.max_connecting: Final = max_connecting
         # Lost connections arrive from finalisers, which the collector may run inside the locked section:
         # they append here, which needs no lock, and the next step takes them over.
         self._lost: deque[Entry[K, C]] = deque()
@@ -135,21 +143,27 @@ class Ledger(Generic[K, C]):
         self._idle_of: dict[K, list[Entry[K, C]]] = {}
         self._in_use: set[Entry[K, C]] = set()
         self._connecting: set[Entry[K, C]] = set()
-        self._waiting: deque[Wait[K, C]] = deque()
+        self._connecting_to: Counter[Hashable] = Counter()
+        self._waiting: list[Wait[K, C]] = []
         self.disposed = False
         self._closing = self._succeeded = self._transient = 0
         self._attempts = self._failed = self._closed = 0
         self._hits = self._evictions = self._reclaimed = 0
 
     def acquire(
-        self, key: K, kind: Kind = Kind.KEPT, make_turn: Callable[[], Turn] = threading.Event
+        self,
+        key: K,
+        kind: Kind = Kind.KEPT,
+        server: Hashable = None,
+        make_turn: Callable[[], Turn] = threading.Event,
     ) -> Entry[K, C] | Wait[K, C]:
         """Decide how a caller gets a connection to *key*.
 
         The most recently returned connection of *key* if one is idle. Otherwise a permit to open one,
         with the connections that must be closed first to stay within the target: closing them is the
-        caller's job, after the lock is gone. When a hard bound leaves no room, a place in the queue,
-        with a *turn* that is set, outside the lock and from any thread, when it has been granted.
+        caller's job, after the lock is gone. When a hard bound leaves no room, or enough others are
+        connecting to *server*, a place in the queue, with a *turn* that is set, outside the lock and from
+        any thread, when it has been granted.
 
         Raises:
             RuntimeError: The collector runs a finaliser inside a step of this ledger, and that asks for a
@@ -159,17 +173,18 @@ class Ledger(Generic[K, C]):
             raise RuntimeError("a finaliser asked for a connection while the cache was at its books: open none in one")
         with self._lock:
             lost = self._take_over_lost() if self._lost else ()
-            grant = None if self._waiting else self._grant(key, kind, lost)
+            # Whoever waits is blocked, and so is who needs the same: nobody is overtaken by this.
+            grant = self._grant(key, kind, server, lost)
             if grant is not None:
                 return grant
-            wait = Wait(key, kind, make_turn(), lost)
+            wait = Wait(key, kind, server, make_turn(), lost)
             self._waiting.append(wait)
             return wait
 
     def opened(self, entry: Entry[K, C], connection: C) -> Step[K, C]:
         """A permit's connect succeeded; *connection* is in use by its caller."""
         with self._lock:
-            self._connecting.remove(entry)
+            self._end_connect(entry)
             entry.connection = connection
             entry.state = State.IN_USE
             entry.retired = entry.retired or self.disposed
@@ -179,7 +194,7 @@ class Ledger(Generic[K, C]):
     def failed(self, entry: Entry[K, C]) -> Step[K, C]:
         """A permit came to nothing: its connect failed or was never begun."""
         with self._lock:
-            self._connecting.remove(entry)
+            self._end_connect(entry)
             self._failed += 1
             self._forget(entry)
             return self._settle(())
@@ -198,11 +213,7 @@ class Ledger(Generic[K, C]):
             if entry not in self._in_use:
                 return NOTHING
             self._in_use.remove(entry)
-            keep = reusable and not entry.retired and entry.kind is not _TRANSIENT
-            if (
-                not keep
-                or len(self._idle) + len(self._in_use) + len(self._connecting) - self._transient >= self.pool_size
-            ):
+            if not reusable or entry.retired or entry.kind is _TRANSIENT:
                 return self._settle((self._retire(entry),))
             entry.state = _IDLE
             self._idle[entry] = None
@@ -211,7 +222,8 @@ class Ledger(Generic[K, C]):
                 self._idle_of[entry.key] = [entry]
             else:
                 siblings.append(entry)
-            return self._settle(()) if self._waiting or self._lost else NOTHING
+            surplus = len(self._idle) + len(self._in_use) + len(self._connecting) - self._transient > self.pool_size
+            return self._settle(()) if surplus or self._waiting or self._lost else NOTHING
 
     def reclaimed(self, entry: Entry[K, C]) -> None:
         """A connection in use came back without its borrower. Takes no lock: finalisers call this.
@@ -228,6 +240,16 @@ class Ledger(Generic[K, C]):
             self._succeeded -= entry.succeeded
             self._forget(entry)
             return self._settle(())
+
+    def insist(self, wait: Wait[K, C]) -> Entry[K, C] | None:
+        """Wait no longer for a turn to connect, only for a hard bound. Returns the grant if there is one now."""
+        with self._lock:
+            wait.patient = False
+            if wait.grant is None:
+                wait.grant = self._grant(wait.key, wait.kind, wait.server, (), patient=False)
+                if wait.grant is not None:
+                    self._waiting.remove(wait)
+            return wait.grant
 
     def give_up(self, wait: Wait[K, C]) -> Entry[K, C] | None:
         """Leave the queue. Returns the grant if it came first: the caller must then use or end it."""
@@ -288,10 +310,13 @@ class Ledger(Generic[K, C]):
         """The connections that count towards the target."""
         return len(self._idle) + len(self._in_use) + len(self._connecting) - self._transient
 
-    def _grant(self, key: K, kind: Kind, lost: Sequence[Entry[K, C]]) -> Entry[K, C] | None:
+    def _grant(
+        self, key: K, kind: Kind, server: Hashable, lost: Sequence[Entry[K, C]], *, patient: bool = True
+    ) -> Entry[K, C] | None:
         idle = self._idle_of.get(key)
         if idle is None or kind is _TRANSIENT:
-            return self._permit(key, kind, lost) if self._has_room() else None
+            may = self._has_room() and not (patient and self._is_connecting_enough(server))
+            return self._permit(key, kind, server, lost) if may else None
         entry = idle.pop()
         if not idle:
             del self._idle_of[key]
@@ -302,6 +327,9 @@ class Ledger(Generic[K, C]):
         self._in_use.add(entry)
         self._hits += 1
         return entry
+
+    def _is_connecting_enough(self, server: Hashable) -> bool:
+        return self.max_connecting is not None and self._connecting_to[server] >= self.max_connecting
 
     def _has_room(self) -> bool:
         return self._excess() < 0 or bool(self._idle)
@@ -316,10 +344,11 @@ class Ledger(Generic[K, C]):
         closing = self._closing - self._succeeded
         return len(self._idle) + len(self._in_use) + len(self._connecting) + closing - self.max_connections
 
-    def _permit(self, key: K, kind: Kind, lost: Sequence[Entry[K, C]]) -> Entry[K, C]:
-        entry: Entry[K, C] = Entry(key, kind)
+    def _permit(self, key: K, kind: Kind, server: Hashable, lost: Sequence[Entry[K, C]]) -> Entry[K, C]:
+        entry: Entry[K, C] = Entry(key, kind, server)
         self._attempts += 1
         self._connecting.add(entry)
+        self._connecting_to[server] += 1
         self._transient += kind is _TRANSIENT
         entry.close = [*lost, *self._evict_for(kind)]
         return entry
@@ -335,18 +364,29 @@ class Ledger(Generic[K, C]):
             self._succeeded += 1
         return victims
 
+    def _end_connect(self, entry: Entry[K, C]) -> None:
+        self._connecting.remove(entry)
+        self._connecting_to[entry.server] -= 1
+        if not self._connecting_to[entry.server]:
+            del self._connecting_to[entry.server]
+
     def _settle(self, close: Sequence[Entry[K, C]]) -> Step[K, C]:
-        """End a step: take over what was lost, and serve those who wait, oldest first."""
+        """End a step: take over what was lost, serve those who wait, and keep nothing idle above the target."""
         if self._lost:
             close = [*close, *self._take_over_lost()]
-        wake: list[Wait[K, C]] = []
-        while self._waiting:
-            wait = self._waiting[0]
-            wait.grant = self._grant(wait.key, wait.kind, ())
-            if wait.grant is None:
-                break
-            wake.append(self._waiting.popleft())
+        wake = self._serve() if self._waiting else ()
+        if self._idle and self._kept() > self.pool_size:
+            close = [*close, self._take(next(iter(self._idle)))]
         return Step(close, wake) if close or wake else NOTHING
+
+    def _serve(self) -> list[Wait[K, C]]:
+        """Grant what can be granted, oldest first, and take those who were served out of the queue."""
+        for wait in self._waiting:
+            wait.grant = self._grant(wait.key, wait.kind, wait.server, (), patient=wait.patient)
+        served = [wait for wait in self._waiting if wait.grant is not None]
+        if served:
+            self._waiting = [wait for wait in self._waiting if wait.grant is None]
+        return served
 
     def _take_over_lost(self) -> list[Entry[K, C]]:
         close = []

@@ -29,6 +29,9 @@ Books: TypeAlias = "Ledger[object, CachedConnection]"
 
 logger: Final = logging.getLogger("shardrepo")
 
+# Seconds that a caller lets others connect first: some ten connects over a fast network (decision 9).
+PATIENCE: Final = 0.1
+
 # libpq's PGTransactionStatusType, by number so that importing this module loads no driver
 # (https://www.postgresql.org/docs/current/libpq-status.html#LIBPQ-PQTRANSACTIONSTATUS).
 _IDLE: Final = 0
@@ -123,6 +126,7 @@ class LedgerPool(Pool):
         self.ledger = ledger
         self.database = database
         self._key = database.key
+        self._server = database.server
         self.kind = kind
         self.checkout_timeout = checkout_timeout
         # Set by the cache: an engine lives as long as one of its connections does.
@@ -131,7 +135,7 @@ class LedgerPool(Pool):
     def _do_get(self) -> ConnectionPoolEntry:
         if self.ledger.disposed:
             raise self._disposed()
-        grant = self.ledger.acquire(self._key, self.kind)
+        grant = self.ledger.acquire(self._key, self.kind, self._server)
         if isinstance(grant, Wait):
             grant = self._await(grant)
         if grant.connection is not None and not grant.close:
@@ -175,7 +179,9 @@ class LedgerPool(Pool):
         try:
             close(self.ledger, wait.close)
             assert isinstance(wait.turn, threading.Event)
-            wait.turn.wait(self.checkout_timeout)
+            patience = min(PATIENCE, self.checkout_timeout)
+            if not wait.turn.wait(patience) and self.ledger.insist(wait) is None:
+                wait.turn.wait(self.checkout_timeout - patience)
         except BaseException:
             if (granted := self.ledger.give_up(wait)) is not None:
                 self._end(granted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,6 +83,36 @@ def test_keys_that_went_stale_are_derived_again(
         repo.ping()
         repo.ping()
     assert derived == ([b"first", b"first"] if takes_keys else [])
+
+
+@pytest.mark.parametrize("password", ["first", "pässwörd"])
+def test_only_the_first_connect_is_traced(
+    make_repo: Callable[..., type[Repo]],
+    database: str,
+    server: Server,
+    role: str,
+    password: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A trace costs memory that nobody gets back: a role that is known is connected without one, keys or no keys."""
+    traces: list[str] = []
+    make = os.memfd_create
+
+    def remember(name: str) -> int:
+        traces.append(name)
+        return make(name)
+
+    alter(server, password)
+    repo = make_repo(database)
+    with repo.using(username=role, password=password):
+        repo.ping()
+        monkeypatch.setattr(os, "memfd_create", remember)
+        for _ in range(20):
+            repo.ping()
+        assert traces == []
+        alter(server, password)
+        repo.ping()
+        assert len(traces) == (1 if takes_keys and password.isascii() else 0)
 
 
 def test_an_old_password_is_refused_after_a_rotation(

@@ -31,14 +31,14 @@ LEDGER = Ledger.acquire.__code__.co_filename
 HISTORIES = int(os.environ.get("SHARDREPO_HISTORIES", "40"))
 
 
-def granted(ledger: Books, key: str, kind: Kind = Kind.KEPT) -> Slot:
-    grant = ledger.acquire(key, kind)
+def granted(ledger: Books, key: str, kind: Kind = Kind.KEPT, server: str = "server") -> Slot:
+    grant = ledger.acquire(key, kind, server)
     assert isinstance(grant, Entry)
     return grant
 
 
-def queued(ledger: Books, key: str, kind: Kind = Kind.KEPT) -> Place:
-    wait = ledger.acquire(key, kind)
+def queued(ledger: Books, key: str, kind: Kind = Kind.KEPT, server: str = "server") -> Place:
+    wait = ledger.acquire(key, kind, server)
     assert isinstance(wait, Wait)
     return wait
 
@@ -290,6 +290,86 @@ def test_giving_up_too_late_returns_the_grant() -> None:
     assert ledger.give_up(wait) is entry
 
 
+def test_callers_connect_to_a_server_one_after_the_other() -> None:
+    """The next begins when a connect has ended, well or not, in the order in which they came."""
+    ledger: Books = Ledger(9, max_connecting=1)
+    first = granted(ledger, "a")
+    waits = [queued(ledger, key) for key in "bcd"]
+    assert list(ledger.opened(first, "connection").wake) == waits[:1]
+    assert waits[0].grant is not None
+    assert waits[0].grant.state is State.CONNECTING
+    assert list(ledger.failed(waits[0].grant).wake) == waits[1:2]
+
+
+def test_so_many_connect_to_a_server_at_a_time() -> None:
+    """The bound itself may be filled; the first caller above it waits."""
+    ledger: Books = Ledger(9, max_connecting=2)
+    granted(ledger, "a")
+    granted(ledger, "b")
+    queued(ledger, "c")
+
+
+def test_a_connect_delays_no_other_server() -> None:
+    """Whoever wants another server neither waits for it nor behind those who do."""
+    ledger: Books = Ledger(9, max_connecting=1)
+    granted(ledger, "a")
+    queued(ledger, "b")
+    granted(ledger, "c", server="other")
+
+
+def test_a_connect_delays_no_cached_connection() -> None:
+    """What is idle is lent at once, also past those who wait to connect."""
+    ledger: Books = Ledger(9, max_connecting=1)
+    (idle,) = make_idle(ledger, "a")
+    granted(ledger, "b")
+    queued(ledger, "c")
+    assert granted(ledger, "a") is idle
+
+
+def test_whoever_waits_to_connect_takes_what_is_returned_meanwhile() -> None:
+    """A returned connection serves the oldest waiter for its key, also above the target, and no connect is made."""
+    ledger: Books = Ledger(1, max_connecting=1)
+    entry = borrow(ledger, "a")
+    granted(ledger, "b")
+    queued(ledger, "c")
+    first, second = queued(ledger, "a"), queued(ledger, "a")
+    step = ledger.release(entry)
+    assert (list(step.close), list(step.wake)) == ([], [first])
+    assert first.grant is entry
+    assert (second.grant, ledger.stats().attempts) == (None, 2)
+
+
+def test_whoever_has_waited_long_enough_connects_besides_the_others() -> None:
+    """A slow connect delays those behind it only for as long as they are patient."""
+    ledger: Books = Ledger(9, max_connecting=1)
+    granted(ledger, "a")
+    first, second = queued(ledger, "b"), queued(ledger, "c")
+    grant = ledger.insist(second)
+    assert grant is not None
+    assert (grant.key, grant.state) == ("c", State.CONNECTING)
+    assert second.grant is grant
+    assert (first.grant, ledger.stats().waiting) == (None, 1)
+
+
+def test_insisting_does_not_break_a_hard_bound() -> None:
+    """It ends the wait for a turn to connect, and leaves the place in the queue for the bound."""
+    ledger: Books = Ledger(9, max_connections=1, max_connecting=1)
+    entry = borrow(ledger, "a")
+    waits = [queued(ledger, "b"), queued(ledger, "c")]
+    assert [ledger.insist(wait) for wait in waits] == [None, None]
+    assert list(ledger.release(entry).wake) == waits[:1]
+
+
+def test_insisting_too_late_returns_the_grant() -> None:
+    """A grant that came before is the caller's, and no second one is made."""
+    ledger: Books = Ledger(9, max_connecting=1)
+    permit = granted(ledger, "a")
+    wait = queued(ledger, "b")
+    ledger.failed(permit)
+    assert ledger.insist(wait) is wait.grant is not None
+    assert ledger.stats().attempts == 2
+
+
 def test_a_turn_is_what_the_caller_brings() -> None:
     """The ledger makes a turn only for who has to wait, and never sets it itself."""
     made: list[threading.Event] = []
@@ -408,16 +488,19 @@ def test_a_child_forked_under_the_lock_is_not_blocked_by_it() -> None:
 class Model:
     """Plain lists of what is where, and the rules of the design written out slowly."""
 
-    def __init__(self, pool_size: int, bound: int | None) -> None:
+    def __init__(self, pool_size: int, bound: int | None, at_a_time: int | None) -> None:
         self.pool_size = pool_size
         self.bound = bound
+        self.at_a_time = at_a_time
         self.idle: list[Slot] = []
         self.in_use: list[Slot] = []
         self.connecting: list[Slot] = []
         self.closing: list[Slot] = []
+        self.succeeded: list[Slot] = []
         self.lost: list[Slot] = []
         self.retired: list[Slot] = []
         self.waiting: list[Place] = []
+        self.insistent: list[Place] = []
         self.kinds: dict[Slot, Kind] = {}
         self.ever: list[Slot] = []
         self.disposed = False
@@ -430,14 +513,10 @@ class Model:
         return len(self.idle) + len(busy)
 
     @property
-    def victims(self) -> list[Slot]:
-        """What will be closed before a permit's connect begins."""
-        return [victim for permit in self.connecting for victim in permit.close if victim in self.closing]
-
-    @property
     def places(self) -> int:
-        """The places taken under the bound: everything there is."""
-        return len(self.idle) + len(self.in_use) + len(self.connecting) + len(self.closing)
+        """The places taken under the bound; a permit and the victim that is closed before it have one together."""
+        closing = [entry for entry in self.closing if entry not in self.succeeded]
+        return len(self.idle) + len(self.in_use) + len(self.connecting) + len(closing)
 
     @property
     def sockets(self) -> int:
@@ -448,6 +527,13 @@ class Model:
     @property
     def has_room(self) -> bool:
         return self.bound is None or self.places < self.bound or bool(self.idle)
+
+    def may_have(self, key: str, kind: Kind, insistent: bool = False) -> bool:
+        """Whether a caller is served, rather than made to wait."""
+        if kind is not Kind.TRANSIENT and any(entry.key == key for entry in self.idle):
+            return True
+        connecting = sum(entry.server == server_of(key) for entry in self.connecting)
+        return self.has_room and (insistent or self.at_a_time is None or connecting < self.at_a_time)
 
     def take_over_lost(self) -> list[Slot]:
         lost, self.lost = self.lost, []
@@ -470,30 +556,40 @@ class Model:
             self.hits += 1
             return
         assert entry not in self.ever
-        assert (entry.key, entry.kind) == (key, kind)
+        assert (entry.key, entry.kind, entry.server) == (key, kind, server_of(key))
         self.ever.append(entry)
         self.attempts += 1
-        before = [victim for victim in self.victims if victim not in lost]
         self.connecting.append(entry)
         over_target = kind is not Kind.TRANSIENT and self.counted > self.pool_size
-        must = over_target or (self.bound is not None and self.places - len(before) > self.bound)
-        may = over_target or (self.bound is not None and self.places > self.bound)
-        evicted = list(entry.close)[len(lost) :]
-        assert list(entry.close)[: len(lost)] == list(lost)
-        assert evicted == self.idle[:1] if must else evicted in (([], self.idle[:1]) if may else ([],))
+        over_bound = self.bound is not None and self.places > self.bound
+        evicted = self.idle[:1] if over_target or over_bound else []
+        assert list(entry.close) == [*lost, *evicted]
         del self.idle[: len(evicted)]
         self.closing += evicted
+        self.succeeded += evicted
         self.evictions += len(evicted)
 
     def settle(self, step: Steps, close: Sequence[Slot] = ()) -> None:
         """Check what a step closes and whom it wakes."""
         expected = [*close, *self.take_over_lost()]
         self.closing += close
+        woken = list(step.wake)
+        for wait in list(self.waiting):
+            if self.may_have(wait.key, wait.kind, wait in self.insistent):
+                assert woken.pop(0) is wait
+                assert wait.grant is not None
+                self.waiting.remove(wait)
+                self.grant(wait.key, wait.kind, wait.grant)
+        assert woken == []
+        while self.idle and self.counted > self.pool_size:
+            expected.append(self.idle.pop(0))
+            self.closing.append(expected[-1])
         assert list(step.close) == expected
-        for wait in step.wake:
-            assert self.waiting.pop(0) is wait
-            assert wait.grant is not None
-            self.grant(wait.key, wait.kind, wait.grant)
+
+
+def server_of(key: str) -> str:
+    """Three of the machine's keys are on one server, two on another."""
+    return "one" if key in "abc" else "other"
 
 
 def pick(entries: Sequence[Any], number: int) -> Any:
@@ -507,10 +603,15 @@ numbers = st.integers(0, 20)
 class LedgerAgainstModel(RuleBasedStateMachine):
     """Any history of steps: the ledger decides what the model does, and its books stay right."""
 
-    @initialize(pool_size=st.integers(1, 4), bound=st.sampled_from([None, 1, 2, 3, 4]), full=st.booleans())
-    def begin(self, pool_size: int, bound: int | None, full: bool) -> None:
-        self.ledger: Books = Ledger(pool_size, bound)
-        self.model = Model(pool_size, bound)
+    @initialize(
+        pool_size=st.integers(1, 4),
+        bound=st.sampled_from([None, 1, 2, 3, 4]),
+        at_a_time=st.sampled_from([None, 1, 2]),
+        full=st.booleans(),
+    )
+    def begin(self, pool_size: int, bound: int | None, at_a_time: int | None, full: bool) -> None:
+        self.ledger: Books = Ledger(pool_size, bound, at_a_time)
+        self.model = Model(pool_size, bound, at_a_time)
         self.gone: list[Slot] = []
         for key in "abcd"[: min(pool_size, bound or pool_size) * full]:
             self.acquire(key, Kind.PINNED)
@@ -519,14 +620,13 @@ class LedgerAgainstModel(RuleBasedStateMachine):
     @rule(key=keys, kind=st.sampled_from([Kind.KEPT, Kind.KEPT, Kind.KEPT, Kind.TRANSIENT, Kind.PINNED]))
     def acquire(self, key: str, kind: Kind) -> None:
         model = self.model
-        answer = self.ledger.acquire(key, kind)
+        answer = self.ledger.acquire(key, kind, server_of(key))
         lost = model.take_over_lost()
+        assert isinstance(answer, Entry) is model.may_have(key, kind)
         if isinstance(answer, Wait):
-            assert model.waiting or not model.has_room
             assert list(answer.close) == lost
             model.waiting.append(answer)
         else:
-            assert not model.waiting
             model.grant(key, kind, answer, lost)
 
     @rule(burst=st.lists(keys, min_size=2, max_size=4))
@@ -579,8 +679,7 @@ class LedgerAgainstModel(RuleBasedStateMachine):
     def release(self, number: int, reusable: bool) -> None:
         model = self.model
         entry = pick(self.borrowed, number)
-        within_target = model.counted <= model.pool_size
-        keep = reusable and entry not in model.retired and model.kinds[entry] is not Kind.TRANSIENT and within_target
+        keep = reusable and entry not in model.retired and model.kinds[entry] is not Kind.TRANSIENT
         step = self.ledger.release(entry, reusable)
         model.in_use.remove(entry)
         if keep:
@@ -637,11 +736,23 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         assert self.ledger.give_up(wait) is None
         self.model.waiting.remove(wait)
 
+    @precondition(lambda self: self.model.waiting)
+    @rule(number=numbers)
+    def insist(self, number: int) -> None:
+        wait = pick(self.model.waiting, number)
+        grant = self.ledger.insist(wait)
+        assert grant is wait.grant
+        assert (grant is not None) is self.model.may_have(wait.key, wait.kind, insistent=True)
+        self.model.insistent.append(wait)
+        if grant is not None:
+            self.model.waiting.remove(wait)
+            self.model.grant(wait.key, wait.kind, grant)
+
     def fork(self) -> None:
         model = self.model
         theirs = [*model.idle, *model.in_use]
         assert sorted(self.ledger.abandon()) == sorted(str(entry.connection) for entry in theirs)
-        self.model = Model(model.pool_size, model.bound)
+        self.model = Model(model.pool_size, model.bound, model.at_a_time)
         for entry in theirs:
             self.ledger.reclaimed(entry)
             assert self.ledger.release(entry) is NOTHING
@@ -668,10 +779,10 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         assert books.idle + busy <= max(model.pool_size, busy)
 
     @invariant()
-    def the_bound_holds_and_nobody_waits_while_there_is_room(self) -> None:
+    def the_bound_holds_and_nobody_waits_who_could_be_served(self) -> None:
         model = self.model
         assert model.bound is None or model.sockets <= model.bound
-        assert not (model.waiting and model.has_room)
+        assert not any(model.may_have(wait.key, wait.kind, wait in model.insistent) for wait in model.waiting)
 
     @invariant()
     def the_idle_ones_are_in_order(self) -> None:
@@ -738,7 +849,7 @@ def test_long_random_histories(seed: int | None) -> None:
     chance = random.Random(seed)
     machine = LedgerAgainstModel()
     for _ in range(HISTORIES):
-        machine.begin(chance.randint(1, 4), chance.choice([None, 2, 3, 4, 6]), full=True)
+        machine.begin(chance.randint(1, 4), chance.choice([None, 2, 3, 4, 6]), chance.choice([None, 1]), full=True)
         for _ in range(50):
             step = chance.choice(WALK)
             if step(machine, chance) is None:
@@ -756,6 +867,7 @@ WALK: list[Callable[[LedgerAgainstModel, random.Random], Any]] = [
     lambda machine, chance: machine.ready and machine.failed(chance.randrange(9)),
     lambda machine, chance: machine.borrowed and machine.reclaimed(chance.randrange(9)),
     lambda machine, chance: machine.model.waiting and machine.give_up(chance.randrange(9)),
+    lambda machine, chance: machine.model.waiting and machine.insist(chance.randrange(9)),
     lambda machine, chance: machine.settle_down(chance.randrange(9)),
     lambda machine, chance: machine.discard(chance.choice("abcde")),
     lambda machine, chance: machine.collect(),
@@ -766,7 +878,7 @@ def check(machine: LedgerAgainstModel) -> None:
     """All invariants, as hypothesis checks them after each step."""
     machine.books_are_right()
     machine.above_the_target_nothing_idle_is_kept()
-    machine.the_bound_holds_and_nobody_waits_while_there_is_room()
+    machine.the_bound_holds_and_nobody_waits_who_could_be_served()
     machine.the_idle_ones_are_in_order()
     machine.every_connection_is_in_one_place()
 
@@ -833,17 +945,23 @@ STEPS: dict[str, Callable[[Books], object]] = {
     "closed": lambda ledger: ledger.closed(PARTS[ledger]["closing"]),
     "discard": lambda ledger: ledger.discard(),
     "collect": lambda ledger: ledger.collect(),
-    "give up": lambda ledger: ledger.give_up(Wait("waiting", Kind.KEPT, threading.Event(), (), granted(ledger, "x"))),
+    "give up": lambda ledger: ledger.give_up(served(ledger)),
+    "insist": lambda ledger: ledger.insist(served(ledger)),
     "stats": lambda ledger: ledger.stats(),
     "dispose": lambda ledger: ledger.dispose(),
 }
+
+
+def served(ledger: Books) -> Place:
+    return Wait("waiting", Kind.KEPT, "server", threading.Event(), (), granted(ledger, "x"))
+
 
 PARTS: weakref.WeakKeyDictionary[Books, dict[str, Slot]] = weakref.WeakKeyDictionary()
 
 
 def busy_ledger() -> Books:
     """A ledger with a connection in each state."""
-    ledger: Books = Ledger(4, max_connections=6)
+    ledger: Books = Ledger(4, max_connections=6, max_connecting=2)
     in_use, closing = borrow(ledger, "in use"), borrow(ledger, "closing")
     make_idle(ledger, "idle")
     ledger.release(closing, reusable=False)
@@ -949,16 +1067,19 @@ def work(ledger: Books, seed: int, steps: int, errors: list[BaseException]) -> N
         for _ in range(steps):
             number = chance.random()
             if number < 0.02:
-                finish(ledger, ledger.discard(f"key{chance.randrange(10)}"))
+                finish(ledger, ledger.discard(f"key{chance.randrange(2)}{chance.randrange(5)}"))
                 continue
-            grant = ledger.acquire(f"key{chance.randrange(10)}", chance.choice(list(Kind)))
+            server = chance.randrange(2)
+            grant = ledger.acquire(f"key{server}{chance.randrange(5)}", chance.choice(list(Kind)), server)
             if isinstance(grant, Wait):
                 for entry in grant.close:
                     finish(ledger, ledger.closed(entry))
                 assert isinstance(grant.turn, threading.Event)
                 if number < 0.5 and ledger.give_up(grant) is None:
                     continue
-                assert grant.turn.wait(30)
+                if number > 0.8:
+                    ledger.insist(grant)
+                assert grant.grant is not None or grant.turn.wait(30)
                 assert grant.grant is not None
                 grant = grant.grant
             use(ledger, grant, number)
@@ -998,11 +1119,11 @@ def eager_switches() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-@pytest.mark.parametrize("bound", [None, 5])
+@pytest.mark.parametrize(("bound", "at_a_time"), [(None, None), (5, None), (None, 1), (5, 2)])
 @pytest.mark.usefixtures("eager_switches")
-def test_threads_leave_the_books_right(bound: int | None) -> None:
+def test_threads_leave_the_books_right(bound: int | None, at_a_time: int | None) -> None:
     """Eight threads at once lose no connection, leave nobody waiting and end with what is idle."""
-    ledger: Books = Ledger(4, bound)
+    ledger: Books = Ledger(4, bound, at_a_time)
     errors: list[BaseException] = []
     threads = [threading.Thread(target=work, args=(ledger, seed, 500, errors), daemon=True) for seed in range(8)]
     for thread in threads:
