@@ -121,9 +121,7 @@ class Ledger(Generic[K, C]):
         max_connecting: How many connect to one server at a time while they are patient; None for no bound.
     """
 
-    def __init__(
-        self, pool_size: int, max_connections: int | None = None, max_connecting: int | None = None
-    ) -> None:
+    def __init__(self, pool_size: int, max_connections: int | None = None, max_connecting: int | None = None) -> None:
         self.pool_size: Final = pool_size
         self.max_connections: Final = max_connections
         self.max_connecting: Final = max_connecting

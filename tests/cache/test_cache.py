@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import gc
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from time import monotonic
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from shardrepo import Database, Repo, TransactionDoomedError
+from shardrepo import ConnectError, Database, Repo, TransactionDoomedError
 from shardrepo.engines import MAX_ENGINES
 from shardrepo.testing.servers import Server
 
@@ -212,6 +214,60 @@ def test_many_threads_keep_the_target(named: Any, server: Server, many: list[str
 
 
 # Letting go
+
+
+def test_connects_to_a_server_take_turns(
+    make_repo: Callable[..., type[Repo]], server: Server, many: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one caller connects, the others who need that server wait, and all are served."""
+    monkeypatch.setattr("shardrepo.pool.PATIENCE", 60)
+    asked: list[int] = []
+
+    def password() -> str:
+        if not asked:
+            await_(lambda: repo.stats().waiting == 3)
+        asked.append(repo.stats().connecting)
+        return server.password
+
+    def visit(name: str) -> int:
+        with repo.using(database=name, password=password):
+            return pid(repo)
+
+    repo = make_repo()
+    with ThreadPoolExecutor(4) as pool:
+        pids = set(pool.map(visit, many[:4]))
+    assert len(pids) == 4
+    assert asked == [1, 1, 1, 1]
+    assert books_balance(repo)
+
+
+def test_a_slow_connect_does_not_hold_the_next_one_up(make_repo: Callable[..., type[Repo]]) -> None:
+    """Whoever has waited a moment for its turn connects although the one before it is not done."""
+    repo = make_repo("postgres", connect_timeout=60)
+
+    def ping() -> None:
+        with repo.using(port=port), pytest.raises(ConnectError):
+            repo.ping()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(2) as pool:
+        listener.settimeout(30)
+        port = listener.getsockname()[1]
+        calls = [pool.submit(ping) for _ in range(2)]
+        clients = [listener.accept()[0] for _ in calls]
+        stats = repo.stats()
+        assert (stats.connecting, stats.waiting) == (2, 0)
+        listener.close()
+        for client in clients:
+            client.close()
+        for call in calls:
+            call.result()
+    assert books_balance(repo)
+
+
+def await_(condition: Callable[[], bool]) -> None:
+    deadline = monotonic() + 30
+    while not condition():
+        assert monotonic() < deadline
 
 
 def test_a_database_can_be_dropped_after_disconnect(
