@@ -1,8 +1,8 @@
 """Opening a connection with psycopg: under one deadline, and with a reason when it fails.
 
-Leans on three things that psycopg does not document, each tested in ``tests/test_private_api.py``: a
-`psycopg.Connection` can be made from a `psycopg.pq.PGconn`; it takes its adapters from ``_adapters``; and
-every exchange with the server goes through its method ``wait``.
+Leans on four things that psycopg does not document, each tested in ``tests/test_private_api.py``: a
+`psycopg.Connection` can be made from a `psycopg.pq.PGconn`; it takes its adapters from ``_adapters``, and whether
+to begin a transaction from ``_autocommit``; and every exchange with the server goes through its method ``wait``.
 """
 
 from __future__ import annotations
@@ -116,9 +116,12 @@ class DriverConnection(psycopg.Connection[Any]):
 
     def rest(self) -> None:
         """Wait for the next borrower: not in autocommit mode, and unused."""
-        if self.autocommit:
-            self.autocommit = False
+        self.set_autocommit_mode(False)
         object.__setattr__(self, "used", False)
+
+    def set_autocommit_mode(self, mode: bool) -> None:
+        """Set `autocommit` outside a transaction, in one step where psycopg takes a lock and runs a generator."""
+        object.__setattr__(self, "_autocommit", mode)
 
     def reset(self) -> None:
         """Undo whatever SQL, or a setting of this object, may have left in the session. One round trip."""

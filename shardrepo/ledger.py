@@ -144,6 +144,8 @@ class Ledger(Generic[K, C]):
         self._connecting_to: Counter[Hashable] = Counter()
         self._waiting: list[Wait[K, C]] = []
         self.disposed = False
+        # Those that count towards the target: idle, in use or connecting, and not transient.
+        self._kept = 0
         self._closing = self._succeeded = self._transient = 0
         self._attempts = self._failed = self._closed = 0
         self._hits = self._evictions = self._reclaimed = 0
@@ -194,6 +196,7 @@ class Ledger(Generic[K, C]):
         with self._lock:
             self._end_connect(entry)
             self._failed += 1
+            self._count(entry.kind, -1)
             self._forget(entry)
             return self._settle(())
 
@@ -208,9 +211,10 @@ class Ledger(Generic[K, C]):
             self.reclaimed(entry)
             return NOTHING
         with self._lock:
-            if entry not in self._in_use:
+            try:
+                self._in_use.remove(entry)
+            except KeyError:
                 return NOTHING
-            self._in_use.remove(entry)
             if not reusable or entry.retired or entry.kind is _TRANSIENT:
                 return self._settle((self._retire(entry),))
             entry.state = _IDLE
@@ -220,8 +224,9 @@ class Ledger(Generic[K, C]):
                 self._idle_of[entry.key] = [entry]
             else:
                 siblings.append(entry)
-            surplus = len(self._idle) + len(self._in_use) + len(self._connecting) - self._transient > self.pool_size
-            return self._settle(()) if surplus or self._waiting or self._lost else NOTHING
+            if self._kept > self.pool_size or self._waiting or self._lost:
+                return self._settle(())
+            return NOTHING
 
     def reclaimed(self, entry: Entry[K, C]) -> None:
         """A connection in use came back without its borrower. Takes no lock: finalisers call this.
@@ -304,10 +309,6 @@ class Ledger(Generic[K, C]):
 
     # What follows runs with the lock held.
 
-    def _kept(self) -> int:
-        """The connections that count towards the target."""
-        return len(self._idle) + len(self._in_use) + len(self._connecting) - self._transient
-
     def _grant(
         self, key: K, kind: Kind, server: Hashable, lost: Sequence[Entry[K, C]], *, patient: bool = True
     ) -> Entry[K, C] | None:
@@ -347,13 +348,13 @@ class Ledger(Generic[K, C]):
         self._attempts += 1
         self._connecting.add(entry)
         self._connecting_to[server] += 1
-        self._transient += kind is _TRANSIENT
+        self._count(kind, 1)
         entry.close = [*lost, *self._evict_for(kind)]
         return entry
 
     def _evict_for(self, kind: Kind) -> list[Entry[K, C]]:
         """Take out what has to go before a connection of *kind*, already booked, may be opened."""
-        over_target = 0 if kind is _TRANSIENT else self._kept() - self.pool_size
+        over_target = 0 if kind is _TRANSIENT else self._kept - self.pool_size
         number = min(int(max(self._excess(), over_target, 0)), len(self._idle))
         victims = [self._take(next(iter(self._idle))) for _ in range(number)]
         self._evictions += number
@@ -373,7 +374,7 @@ class Ledger(Generic[K, C]):
         if self._lost:
             close = [*close, *self._take_over_lost()]
         wake = self._serve() if self._waiting else ()
-        if self._idle and self._kept() > self.pool_size:
+        if self._idle and self._kept > self.pool_size:
             close = [*close, self._take(next(iter(self._idle)))]
         return Step(close, wake) if close or wake else NOTHING
 
@@ -408,13 +409,15 @@ class Ledger(Generic[K, C]):
     def _retire(self, entry: Entry[K, C]) -> Entry[K, C]:
         entry.state = State.CLOSING
         self._closing += 1
-        # What is closing counts towards no target any more, whatever it was borrowed for.
-        self._transient -= entry.kind is Kind.TRANSIENT
-        entry.kind = Kind.KEPT
+        self._count(entry.kind, -1)
         return entry
 
+    def _count(self, kind: Kind, change: int) -> None:
+        if kind is _TRANSIENT:
+            self._transient += change
+        else:
+            self._kept += change
+
     def _forget(self, entry: Entry[K, C]) -> None:
-        self._transient -= entry.kind is Kind.TRANSIENT
-        entry.kind = Kind.KEPT
         entry.state = State.GONE
         entry.connection = None

@@ -69,26 +69,24 @@ class CachedConnection(_ConnectionRecord):
 
     def give_back(self) -> None:
         """Return to the cache, or be closed if that cannot be."""
+        connection = self.dbapi_connection
         reusable = False
         try:
-            reusable = self.tidy()
+            if connection is not None:
+                at_rest = not connection.used and connection.pgconn.transaction_status == _IDLE
+                reusable = at_rest or self._tidy(connection)
         finally:
             step = self.ledger.release(self.entry, reusable)
             if step is not NOTHING:
                 perform(self.ledger, step)
 
-    def tidy(self) -> bool:
+    def _tidy(self, connection: DriverConnection) -> bool:
         """End what the borrower left behind; False if the connection cannot be used again.
 
         A connection at rest is in no transaction, not in autocommit mode, unused and unvouched for.
         """
-        connection = self.dbapi_connection
-        if connection is None:
-            return False
-        status = connection.pgconn.transaction_status
-        if status == _IDLE and not connection.used:
-            return True
         try:
+            status = connection.pgconn.transaction_status
             if status in _IN_TRANSACTION:
                 connection.rollback()
             elif status != _IDLE:
@@ -133,8 +131,6 @@ class LedgerPool(Pool):
         self.engine: Engine | None = None
 
     def _do_get(self) -> ConnectionPoolEntry:
-        if self.ledger.disposed:
-            raise self._disposed()
         grant = self.ledger.acquire(self._key, self.kind, self._server)
         if isinstance(grant, Wait):
             grant = self._await(grant)
@@ -226,7 +222,7 @@ def autocommit(connection: Connection) -> None:
     if not connection.in_transaction():
         dbapi_connection = record_of(connection).dbapi_connection
         assert dbapi_connection is not None
-        dbapi_connection.autocommit = True
+        dbapi_connection.set_autocommit_mode(True)
 
 
 def disown(connection: Connection) -> None:

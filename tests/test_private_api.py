@@ -90,6 +90,17 @@ def test_a_connection_takes_its_adapters_from_an_attribute(connection: DriverCon
     assert psycopg.adapters.get_loader(25, pq.Format.TEXT) is not Shouting
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_connection_takes_its_autocommit_mode_from_an_attribute(connection: DriverConnection, mode: bool) -> None:
+    """With `_autocommit` a statement leaves no transaction open, without it leaves one."""
+    connection.autocommit = not mode
+    connection._autocommit = mode
+    connection.execute("SELECT 1")
+    assert connection.autocommit is mode
+    assert (connection.info.transaction_status == pq.TransactionStatus.IDLE) is mode
+    connection.rollback()
+
+
 @pytest.mark.parametrize("exchange", ["execute", "commit", "rollback", "prepared", "stream"])
 def test_every_exchange_goes_through_wait(connection: DriverConnection, exchange: str) -> None:
     """A connection that was used is known by its method `wait`, without which nothing reaches the server."""
