@@ -104,6 +104,7 @@ def _ledger_of(idle: int) -> Callable[[], object]:
 
 
 def _flat(timings: Timings) -> Iterator[Figure]:
-    few, *_, many = timings.seconds
-    yield timings.ratio(f"{many}, over {few.split(', ')[-1]}", many, few)
+    few, *more = timings.seconds
+    for many in more:
+        yield timings.ratio(f"{many}, over {few.split(', ')[-1]}", many, few)
     yield from map(timings.time, timings.seconds)

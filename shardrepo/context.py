@@ -7,9 +7,9 @@ error instead of in somebody else's transaction, or outside it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -309,10 +309,6 @@ def _runs_later(function: object) -> bool:
 
 
 def _current_task() -> Any:
-    # A process that has not imported asyncio runs no task: do not import it for the answer.
-    asyncio = sys.modules.get("asyncio")
-    if asyncio is None:
-        return None
     try:
         return asyncio.current_task()
     except RuntimeError:  # no event loop runs in this thread

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -23,6 +24,9 @@ from shardrepo.testing.servers import Server, Servers, start_servers
 from .models import Base
 
 TEMPLATE = "template_app"
+
+# Whether what takes minutes runs too, as in `make test-all`.
+LONG = bool(os.environ.get("SHARDREPO_LONG"))
 
 _numbers = itertools.count(1)
 

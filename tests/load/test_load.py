@@ -26,7 +26,8 @@ from shardrepo.ledger import Entry, Kind, Ledger
 from shardrepo.stats import Stats
 from shardrepo.testing.servers import Servers
 
-LONG = bool(os.environ.get("SHARDREPO_LONG"))
+from ..conftest import LONG
+
 OPERATIONS = 100_000 if LONG else 20_000
 DATABASES = 60
 POOL_SIZE = 20
