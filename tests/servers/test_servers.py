@@ -349,6 +349,7 @@ def test_killed_postmaster_leaves_nothing() -> None:
 STARTED = """
 import json, os, signal, sys
 from shardrepo.testing.servers import start_servers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores otherwise
 servers = start_servers(2, log_statements=True)
 print(json.dumps([str(servers.directory), [s.process_id for s in servers]]), flush=True)
 """
