@@ -19,7 +19,8 @@ from sqlalchemy import create_engine
 from shardrepo import Database
 from shardrepo.config import Config
 from shardrepo.engines import ConnectionCache
-from shardrepo.ledger import Entry, Ledger
+from shardrepo.entries import Entry
+from shardrepo.ledger import Ledger
 
 from .ground import Ground
 from .measure import Figure, Goal, Skipped, Timings, interleave

@@ -24,7 +24,7 @@ from .visitor import STATM
 REPO, ENGINES = "Repo", "an engine per database"
 
 _BATCH = 50
-_VISITS = 1_600
+_VISITS = 2_600
 _FILLING, _FULL, _OF_ENGINES = (300, 600), (1_100, _VISITS), (50, 200)
 
 

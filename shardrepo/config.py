@@ -12,6 +12,7 @@ from sqlalchemy.exc import ArgumentError
 
 from .database import ADDRESS_PARAMETERS, Choice, Database, Options, checked, database_from, options_of_url
 from .errors import ConfigError, NoDatabaseError, unknown
+from .places import Bounds
 
 ConfigSource: TypeAlias = "str | URL | Mapping[str, Any] | Callable[[], str | URL | Mapping[str, Any]]"
 
@@ -33,6 +34,9 @@ _OWN_ENGINE_OPTIONS: Final = frozenset(
     }
 )
 
+# What SQLAlchemy's own pool calls the nearest thing.
+_SQLALCHEMYS: Final = {"max_overflow": "max_connections", "pool_timeout": "checkout_timeout"}
+
 _EMPTY: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -43,6 +47,12 @@ class Config:
     Attributes:
         address: The options of the default database that the config gives, without what it leaves open.
         pool_size: The target: how many connections the process keeps, over all databases.
+        max_connections: How many connections there may be at a time, in this process; None for no bound.
+        max_per_server: The same for each server.
+        max_per_database: The same for each database.
+        max_overtake: For how many seconds a caller who waits for a bound may be overtaken by those for whose
+            database a connection is returned meanwhile.
+        checkout_timeout: Seconds that a caller waits for a bound.
         connect_timeout: Seconds that opening a connection may take in all, name resolution excepted.
         require_database: Whether a verb needs a chosen database, the default being no fallback.
         application_name: How the connections name themselves to the server.
@@ -52,6 +62,11 @@ class Config:
 
     address: Mapping[str, Any] = field(repr=False)
     pool_size: int = 20
+    max_connections: int | None = None
+    max_per_server: int | None = None
+    max_per_database: int | None = None
+    max_overtake: float = 0.05
+    checkout_timeout: float = 30.0
     connect_timeout: float = 5.0
     require_database: bool = False
     application_name: str = "shardrepo"
@@ -70,9 +85,16 @@ class Config:
         settings = dict(given) if isinstance(given, Mapping) else {"url": given}
         address = _address_of(settings)
         for name in settings:
+            if name in _SQLALCHEMYS:
+                raise ConfigError(f"unknown setting {name!r}; did you mean {_SQLALCHEMYS[name]!r}?")
             if name not in _SETTINGS:
                 raise ConfigError(unknown("setting", str(name), [*_SETTINGS, *_ADDRESS, "url", "drivername"]))
         return cls(address=address, **{name: _SETTINGS[name](value) for name, value in settings.items()})
+
+    @property
+    def bounds(self) -> Bounds:
+        """The hard bounds of the cache."""
+        return Bounds(self.max_connections, self.max_per_server, self.max_per_database, self.max_overtake)
 
     def locate(self, choice: Choice | None) -> Database:
         """Merge *choice* into the default options. Pure: no I/O, the same choice is always the same database.
@@ -141,12 +163,28 @@ def _checked_pool_size(value: object) -> int:
     return value
 
 
-def _checked_timeout(value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(f"connect_timeout must be a number of seconds, not {type(value).__name__} {value!r}")
-    if not 0 < value <= MAX_TIMEOUT:
-        raise ConfigError(f"connect_timeout={value} cannot be kept: give seconds, above 0 and up to {MAX_TIMEOUT}")
-    return float(value)
+def _checked_bound(name: str) -> Callable[[object], int | None]:
+    def check(value: object) -> int | None:
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{name} must be an integer or None, not {type(value).__name__} {value!r}")
+        if value < 1:
+            raise ConfigError(f"{name}={value} lets nobody connect: give the most that there may be, or None")
+        return value
+
+    return check
+
+
+def _checked_seconds(name: str) -> Callable[[object], float]:
+    def check(value: object) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ConfigError(f"{name} must be a number of seconds, not {type(value).__name__} {value!r}")
+        if not 0 < value <= MAX_TIMEOUT:
+            raise ConfigError(f"{name}={value} cannot be kept: give seconds, above 0 and up to {MAX_TIMEOUT}")
+        return float(value)
+
+    return check
 
 
 def _checked_flag(value: object) -> bool:
@@ -169,7 +207,8 @@ def _checked_mapping(name: str, refused: frozenset[str], remedy: str) -> Callabl
 
 _SETTINGS: Final[Mapping[str, Callable[[object], Any]]] = {
     "pool_size": _checked_pool_size,
-    "connect_timeout": _checked_timeout,
+    **{name: _checked_bound(name) for name in ("max_connections", "max_per_server", "max_per_database")},
+    **{name: _checked_seconds(name) for name in ("max_overtake", "checkout_timeout", "connect_timeout")},
     "require_database": _checked_flag,
     "application_name": lambda value: _checked_text("application_name", value),
     "connect_args": _checked_mapping(

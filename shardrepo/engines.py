@@ -24,8 +24,9 @@ from sqlalchemy.util import LRUCache
 from .config import Config
 from .database import Database
 from .driver import Target, connect
+from .entries import Kind
 from .errors import ServerUnavailableError
-from .ledger import Kind, Ledger
+from .ledger import Ledger
 from .pool import Books, LedgerPool, close, perform
 from .stats import Stats
 
@@ -100,10 +101,9 @@ class ConnectionCache:
     A forked child starts with an empty one and leaves the parent's sockets alone.
     """
 
-    def __init__(self, config: Config, max_connections: int | None = None, checkout_timeout: float = 30.0) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
-        self.ledger: Books = Ledger(config.pool_size, max_connections, MAX_CONNECTING)
-        self._checkout_timeout = checkout_timeout
+        self.ledger: Books = Ledger(config.pool_size, config.bounds, MAX_CONNECTING)
         self._start_empty()
         weakref.finalize(self, _close_idle, self.ledger)
         _caches.add(self)
@@ -172,7 +172,7 @@ class ConnectionCache:
             ledger=self.ledger,
             database=database,
             kind=kind,
-            checkout_timeout=self._checkout_timeout,
+            checkout_timeout=self.config.checkout_timeout,
             query_cache_size=0,
             **self.config.engine_options,
         )

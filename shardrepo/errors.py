@@ -6,7 +6,7 @@ error are attributes; its message says what happened, with the numbers, and what
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -97,17 +97,23 @@ class ServerFullError(ConnectError):
 
 
 class CheckoutTimeoutError(ShardRepoError, sa_exc.TimeoutError):
-    """A hard bound is reached and no connection came free in time.
+    """A hard bound is reached and no connection came free in time, or none ever could.
 
     Attributes:
         database: The database that a connection was wanted for.
+        bounds: The bounds that left no room, by name.
+        held: The homes of what the caller itself holds, if it would have waited for that for ever.
     """
 
     code = None
 
-    def __init__(self, message: str, *, database: Database) -> None:
+    def __init__(
+        self, message: str, *, database: Database, bounds: Mapping[str, int] | None = None, held: Iterable[str] = ()
+    ) -> None:
         super().__init__(message)
         self.database = database
+        self.bounds = dict(bounds or {})
+        self.held = tuple(held)
 
 
 class TransactionDoomedError(ShardRepoError):

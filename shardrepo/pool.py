@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from .database import Database
+from .entries import NOTHING, Entry, Kind, State, Step, Wait
 from .errors import CheckoutTimeoutError, RepoDisposedError
-from .ledger import NOTHING, Entry, Kind, Ledger, State, Step, Wait
+from .ledger import Ledger
 
 if TYPE_CHECKING:
     from .driver import DriverConnection
@@ -133,7 +134,7 @@ class LedgerPool(Pool):
     def _do_get(self) -> ConnectionPoolEntry:
         grant = self.ledger.acquire(self._key, self.kind, self._server)
         if isinstance(grant, Wait):
-            grant = self._await(grant)
+            grant = self._await(grant) if not grant.held else self._refuse(grant)
         if grant.connection is not None and not grant.close:
             return grant.connection
         try:
@@ -184,12 +185,27 @@ class LedgerPool(Pool):
             raise
         if (granted := self.ledger.give_up(wait)) is not None:
             return granted
-        stats = self.ledger.stats()
+        stats, bounds = self.ledger.stats(), self.ledger.blocking(wait)
         raise CheckoutTimeoutError(
-            f"no connection to {self.database.home} within {monotonic() - begun:.1f} s: {stats.in_use} in use, "
-            f"{stats.connecting} connecting, max_connections={self.ledger.max_connections}, {stats.waiting} "
-            "waiting. Hold connections for less time, or raise max_connections",
+            f"no connection to {self.database.home} within {monotonic() - begun:.1f} s: {_listed(bounds)} left no "
+            f"room; {stats.in_use} in use, {stats.connecting} connecting, {stats.waiting} waiting. Hold connections "
+            f"for less time, raise {' or '.join(bounds)}, or give a longer checkout_timeout",
             database=self.database,
+            bounds=bounds,
+        )
+
+    def _refuse(self, wait: Wait[object, CachedConnection]) -> NoReturn:
+        """Raise at once: the caller waits, directly or through others, for what it holds itself."""
+        close(self.ledger, wait.close)
+        bounds = self.ledger.blocking(wait)
+        held = [entry.connection.pool.database.home for entry in wait.held if entry.connection is not None]
+        raise CheckoutTimeoutError(
+            f"no connection to {self.database.home}, ever: {_listed(bounds)} leaves no room, and all that could make "
+            f"room is held by callers who wait for one themselves; this one holds {', '.join(held)}. End that block "
+            f"first, or raise {' or '.join(bounds)}",
+            database=self.database,
+            bounds=bounds,
+            held=held,
         )
 
     def recreate(self) -> LedgerPool:
@@ -210,6 +226,10 @@ class LedgerPool(Pool):
 
     def status(self) -> str:
         return f"{self.database.home}: {self.ledger.stats()}"
+
+
+def _listed(bounds: Mapping[str, int]) -> str:
+    return " and ".join(f"{name}={limit}" for name, limit in bounds.items())
 
 
 def vouch(connection: Connection) -> None:

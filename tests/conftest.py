@@ -184,3 +184,10 @@ def books_balance(repo: type[Repo]) -> bool:
     return stats.attempts - stats.failed - stats.closed == (
         stats.in_use + stats.idle + stats.connecting + stats.closing
     )
+
+
+def await_(condition: Callable[[], bool]) -> None:
+    """Wait until *condition* holds."""
+    deadline = monotonic() + 30
+    while not condition():
+        assert monotonic() < deadline

@@ -16,9 +16,9 @@ PACKAGE = Path(shardrepo.__file__).parent
 
 # From the bottom to the top. What stands on one line does not import each other.
 LAYERS = [
-    {"errors", "stats"},
-    {"database", "ledger", "breaker"},
-    {"config", "context", "scram"},
+    {"errors", "stats", "entries"},
+    {"database", "places", "breaker"},
+    {"config", "context", "scram", "ledger"},
     {"driver"},
     {"pool"},
     {"engines", "session", "directory"},

@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from time import monotonic
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from shardrepo import ConnectError, Database, Repo, TransactionDoomedError
 from shardrepo.engines import MAX_ENGINES
 from shardrepo.testing.servers import Server
 
-from ..conftest import TEMPLATE, await_connections, books_balance, connections_of, run_sql
+from ..conftest import TEMPLATE, await_, await_connections, books_balance, connections_of, run_sql
 from ..models import Tag
 
 pytestmark = pytest.mark.cache
@@ -262,12 +261,6 @@ def test_a_slow_connect_does_not_hold_the_next_one_up(make_repo: Callable[..., t
         for call in calls:
             call.result()
     assert books_balance(repo)
-
-
-def await_(condition: Callable[[], bool]) -> None:
-    deadline = monotonic() + 30
-    while not condition():
-        assert monotonic() < deadline
 
 
 def test_a_database_can_be_dropped_after_disconnect(

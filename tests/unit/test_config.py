@@ -11,6 +11,7 @@ from sqlalchemy.engine import make_url
 
 from shardrepo import DEFAULT, Config, ConfigError, Database, NoDatabaseError, Repo
 from shardrepo.database import ADDRESS_PARAMETERS, choose
+from shardrepo.places import UNBOUNDED
 
 URL = "postgresql+psycopg://ada:hunter2@db01:6000/app?sslmode=require"
 SECRET = "hunter2"
@@ -35,6 +36,7 @@ def test_the_defaults() -> None:
     config = Config.of(URL)
     assert (config.pool_size, config.connect_timeout, config.require_database) == (20, 5.0, False)
     assert (config.application_name, config.connect_args, config.engine_options) == ("shardrepo", {}, {})
+    assert (config.bounds, config.checkout_timeout) == (UNBOUNDED, 30.0)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,8 @@ def test_engine_options_that_the_cache_decides_on_are_refused(name: str) -> None
         ("require_databases", "require_database"),
         ("user_name", "username"),
         ("URL", None),
-        ("max_overflow", None),
+        ("max_overflow", "max_connections"),
+        ("pool_timeout", "checkout_timeout"),
     ],
 )
 def test_an_unknown_setting_is_refused(misspelt: str, meant: str | None) -> None:

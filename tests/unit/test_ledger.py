@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import random
 import sys
@@ -18,7 +19,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shardrepo.ledger import NOTHING, Entry, Kind, Ledger, State, Step, Wait
+from shardrepo.entries import NOTHING, Entry, Kind, Scope, State, Step, Wait
+from shardrepo.ledger import Ledger
+from shardrepo.places import Bounds
 
 Books: TypeAlias = "Ledger[str, str]"
 Slot: TypeAlias = "Entry[str, str]"
@@ -29,6 +32,11 @@ LEDGER = Ledger.acquire.__code__.co_filename
 
 # How many histories the model is compared over; more for a soak.
 HISTORIES = int(os.environ.get("SHARDREPO_HISTORIES", "40"))
+
+
+def bounded(pool_size: int, max_connecting: int | None = None, **bounds: Any) -> Books:
+    """A ledger with hard bounds, each of whose callers is another one."""
+    return Ledger(pool_size, Bounds(**bounds), max_connecting, borrower=itertools.count().__next__)
 
 
 def granted(ledger: Books, key: str, kind: Kind = Kind.KEPT, server: str = "server") -> Slot:
@@ -192,7 +200,7 @@ def test_a_pinned_connection_counts_towards_the_target() -> None:
 
 def test_at_the_bound_a_caller_waits_and_gets_what_is_returned() -> None:
     """A returned connection goes to the caller that waits for its key, and to nobody else."""
-    ledger: Books = Ledger(1, max_connections=1)
+    ledger: Books = bounded(1, max_connections=1)
     entry = borrow(ledger, "a")
     wait = queued(ledger, "a")
     assert ledger.stats().waiting == 1
@@ -204,7 +212,7 @@ def test_at_the_bound_a_caller_waits_and_gets_what_is_returned() -> None:
 
 def test_below_the_bound_nobody_waits() -> None:
     """The bound itself may be filled; the first caller above it waits."""
-    ledger: Books = Ledger(1, max_connections=2)
+    ledger: Books = bounded(1, max_connections=2)
     borrow(ledger, "a")
     borrow(ledger, "b")
     queued(ledger, "c")
@@ -212,7 +220,7 @@ def test_below_the_bound_nobody_waits() -> None:
 
 def test_a_waiter_for_another_key_gets_the_returned_connections_place() -> None:
     """The returned connection is evicted for the waiter, who closes it before connecting."""
-    ledger: Books = Ledger(1, max_connections=1)
+    ledger: Books = bounded(1, max_connections=1)
     entry = borrow(ledger, "a")
     wait = queued(ledger, "b")
     step = ledger.release(entry)
@@ -223,21 +231,21 @@ def test_a_waiter_for_another_key_gets_the_returned_connections_place() -> None:
 
 def test_an_idle_connection_is_evicted_before_anybody_waits() -> None:
     """At the bound an idle connection makes room, below the target too."""
-    ledger: Books = Ledger(5, max_connections=2)
+    ledger: Books = bounded(5, max_connections=2)
     a, _ = make_idle(ledger, "a", "b")
     assert granted(ledger, "c").close == [a]
 
 
 def test_a_transient_caller_evicts_when_the_bound_forces_it() -> None:
     """Only a hard bound makes a transient borrower close somebody's cached connection."""
-    ledger: Books = Ledger(1, max_connections=1)
+    ledger: Books = bounded(1, max_connections=1)
     (idle,) = make_idle(ledger, "a")
     assert granted(ledger, "a", Kind.TRANSIENT).close == [idle]
 
 
 def test_what_is_being_closed_counts_for_the_bound() -> None:
     """A connection keeps its place under the bound until it is closed, and then the waiter has it."""
-    ledger: Books = Ledger(1, max_connections=1)
+    ledger: Books = bounded(1, max_connections=1)
     entry = borrow(ledger, "a")
     wait = queued(ledger, "b")
     assert list(ledger.release(entry, reusable=False).wake) == []
@@ -246,7 +254,7 @@ def test_what_is_being_closed_counts_for_the_bound() -> None:
 
 def test_an_idle_connection_does_not_hide_what_is_being_closed_from_the_bound() -> None:
     """A permit evicts an idle connection also if it is another one's closing that fills the bound."""
-    ledger: Books = Ledger(2, max_connections=2)
+    ledger: Books = bounded(2, max_connections=2)
     idle, broken = borrow(ledger, "a"), borrow(ledger, "b")
     give_back(ledger, idle)
     ledger.release(broken, reusable=False)
@@ -255,7 +263,7 @@ def test_an_idle_connection_does_not_hide_what_is_being_closed_from_the_bound() 
 
 def test_waiters_are_served_in_order() -> None:
     """Freed capacity goes to the oldest waiter; a newcomer does not overtake it."""
-    ledger: Books = Ledger(1, max_connections=1)
+    ledger: Books = bounded(1, max_connections=1)
     entry = borrow(ledger, "a")
     waits = [queued(ledger, "a") for _ in range(3)]
     for wait in waits:
@@ -264,7 +272,7 @@ def test_waiters_are_served_in_order() -> None:
 
 def test_a_failed_connect_frees_its_place() -> None:
     """The place of a permit that came to nothing goes to the oldest waiter."""
-    ledger: Books = Ledger(1, max_connections=1)
+    ledger: Books = bounded(1, max_connections=1)
     permit = granted(ledger, "a")
     wait = queued(ledger, "a")
     assert list(ledger.failed(permit).wake) == [wait]
@@ -273,7 +281,7 @@ def test_a_failed_connect_frees_its_place() -> None:
 
 def test_giving_up_leaves_the_queue() -> None:
     """Whoever gave up is granted nothing any more, and the next in the queue is."""
-    ledger: Books = Ledger(1, max_connections=1)
+    ledger: Books = bounded(1, max_connections=1)
     entry = borrow(ledger, "a")
     first, second = queued(ledger, "a"), queued(ledger, "a")
     assert ledger.give_up(first) is None
@@ -283,7 +291,7 @@ def test_giving_up_leaves_the_queue() -> None:
 
 def test_giving_up_too_late_returns_the_grant() -> None:
     """A grant that came before the give-up is the caller's to use or to end."""
-    ledger: Books = Ledger(1, max_connections=1)
+    ledger: Books = bounded(1, max_connections=1)
     entry = borrow(ledger, "a")
     wait = queued(ledger, "a")
     ledger.release(entry)
@@ -353,7 +361,7 @@ def test_whoever_has_waited_long_enough_connects_besides_the_others() -> None:
 
 def test_insisting_does_not_break_a_hard_bound() -> None:
     """It ends the wait for a turn to connect, and leaves the place in the queue for the bound."""
-    ledger: Books = Ledger(9, max_connections=1, max_connecting=1)
+    ledger: Books = bounded(9, max_connections=1, max_connecting=1)
     entry = borrow(ledger, "a")
     waits = [queued(ledger, "b"), queued(ledger, "c")]
     assert [ledger.insist(wait) for wait in waits] == [None, None]
@@ -378,7 +386,7 @@ def test_a_turn_is_what_the_caller_brings() -> None:
         made.append(threading.Event())
         return made[-1]
 
-    ledger: Books = Ledger(1, max_connections=1)
+    ledger: Books = bounded(1, max_connections=1)
     entry = ledger.acquire("a", make_turn=make_turn)
     assert isinstance(entry, Entry)
     assert made == []
@@ -403,7 +411,7 @@ def test_a_reclaimed_connection_is_closed_by_the_next_step() -> None:
 
 def test_a_waiter_closes_what_was_reclaimed_and_takes_its_place() -> None:
     """A caller that has to wait is handed the lost connection to close, which makes room for it."""
-    ledger: Books = Ledger(1, max_connections=1)
+    ledger: Books = bounded(1, max_connections=1)
     entry = borrow(ledger, "a")
     ledger.reclaimed(entry)
     wait = queued(ledger, "b")
@@ -463,7 +471,7 @@ def test_what_is_granted_after_the_disposal_is_not_kept() -> None:
 
 def test_a_forked_child_starts_empty() -> None:
     """It is given the parent's connections to leave alone, and what it returns of them changes nothing."""
-    ledger: Books = Ledger(4, max_connections=4)
+    ledger: Books = bounded(4, max_connections=4)
     make_idle(ledger, "a")
     in_use, lost = borrow(ledger, "b"), borrow(ledger, "c")
     ledger.reclaimed(lost)
@@ -488,15 +496,17 @@ def test_a_child_forked_under_the_lock_is_not_blocked_by_it() -> None:
 class Model:
     """Plain lists of what is where, and the rules of the design written out slowly."""
 
-    def __init__(self, pool_size: int, bound: int | None, at_a_time: int | None) -> None:
+    def __init__(self, pool_size: int, bounds: Bounds, at_a_time: int | None) -> None:
         self.pool_size = pool_size
-        self.bound = bound
+        self.bounds = bounds
         self.at_a_time = at_a_time
         self.idle: list[Slot] = []
         self.in_use: list[Slot] = []
         self.connecting: list[Slot] = []
         self.closing: list[Slot] = []
-        self.succeeded: list[Slot] = []
+        self.given_up: dict[Slot, list[Scope]] = {}
+        self.borrowers: dict[Slot, int] = {}
+        self.overtaken: dict[Place, int] = {}
         self.lost: list[Slot] = []
         self.retired: list[Slot] = []
         self.waiting: list[Place] = []
@@ -512,28 +522,54 @@ class Model:
         busy = [entry for entry in self.in_use + self.connecting if self.kinds[entry] is not Kind.TRANSIENT]
         return len(self.idle) + len(busy)
 
-    @property
-    def places(self) -> int:
-        """The places taken under the bound; a permit and the victim that is closed before it have one together."""
-        closing = [entry for entry in self.closing if entry not in self.succeeded]
-        return len(self.idle) + len(self.in_use) + len(self.connecting) + len(closing)
+    def limit(self, scope: Scope) -> int | None:
+        limit: int | None = getattr(self.bounds, scope[0])
+        return limit
 
-    @property
-    def sockets(self) -> int:
-        """The connections that a server may see: a permit connects when its victims are closed."""
+    def full(self, key: str) -> list[Scope]:
+        """The scopes in which there is no place for one more connection to *key*, the narrowest first."""
+        return [scope for scope in scopes_of(key) if self.places(scope) >= (self.limit(scope) or 99)]
+
+    def places(self, scope: Scope) -> int:
+        """The places taken in a scope; a permit and the victim that is closed before it have one together."""
+        here = [e for e in self.idle + self.in_use + self.connecting + self.closing if scope in scopes_of(e.key)]
+        return sum(scope not in self.given_up.get(entry, ()) for entry in here)
+
+    def sockets(self, scope: Scope) -> int:
+        """The connections that a server may see in a scope: a permit connects when its victims are closed."""
         begun = [permit for permit in self.connecting if not any(victim in self.closing for victim in permit.close)]
-        return len(self.idle) + len(self.in_use) + len(begun) + len(self.closing)
+        return sum(scope in scopes_of(entry.key) for entry in self.idle + self.in_use + begun + self.closing)
 
-    @property
-    def has_room(self) -> bool:
-        return self.bound is None or self.places < self.bound or bool(self.idle)
+    def has_room(self, key: str) -> bool:
+        return all(any(scope in scopes_of(entry.key) for entry in self.idle) for scope in self.full(key))
+
+    def is_hopeless(self, key: str, borrower: int) -> bool:
+        """Whether a wait would never end: everybody else finishes, then who can go on, and it still has no place."""
+        waiting = {wait.borrower: wait.key for wait in self.waiting} | {borrower: key}
+        left = [entry for entry in self.in_use if self.borrowers[entry] in waiting]
+        if not any(self.borrowers[entry] == borrower for entry in left):
+            return False
+        while borrower in waiting:
+            gone = [who for who, wanted in waiting.items() if not self.would_be_full(wanted, left)]
+            if not gone:
+                return True
+            waiting = {who: wanted for who, wanted in waiting.items() if who not in gone}
+            left = [entry for entry in left if self.borrowers[entry] in waiting]
+        return False
+
+    def would_be_full(self, key: str, left: list[Slot]) -> bool:
+        """Whether there would be no place for *key* with nothing but what is *left*."""
+        return any(
+            sum(scope in scopes_of(entry.key) for entry in left) >= (self.limit(scope) or 99)
+            for scope in scopes_of(key)
+        )
 
     def may_have(self, key: str, kind: Kind, insistent: bool = False) -> bool:
         """Whether a caller is served, rather than made to wait."""
         if kind is not Kind.TRANSIENT and any(entry.key == key for entry in self.idle):
             return True
         connecting = sum(entry.server == server_of(key) for entry in self.connecting)
-        return self.has_room and (insistent or self.at_a_time is None or connecting < self.at_a_time)
+        return self.has_room(key) and (insistent or self.at_a_time is None or connecting < self.at_a_time)
 
     def take_over_lost(self) -> list[Slot]:
         lost, self.lost = self.lost, []
@@ -543,8 +579,9 @@ class Model:
         self.closing += lost
         return lost
 
-    def grant(self, key: str, kind: Kind, entry: Slot, lost: Sequence[Slot] = ()) -> None:
+    def grant(self, key: str, kind: Kind, entry: Slot, borrower: int, lost: Sequence[Slot] = ()) -> None:
         """Check that *entry* is the one that had to be granted, with all that has to be closed before."""
+        self.borrowers[entry] = borrower
         own = [idle for idle in self.idle if idle.key == key]
         self.kinds[entry] = kind
         if own and kind is not Kind.TRANSIENT:
@@ -559,37 +596,74 @@ class Model:
         assert (entry.key, entry.kind, entry.server) == (key, kind, server_of(key))
         self.ever.append(entry)
         self.attempts += 1
-        self.connecting.append(entry)
-        over_target = kind is not Kind.TRANSIENT and self.counted > self.pool_size
-        over_bound = self.bound is not None and self.places > self.bound
-        evicted = self.idle[:1] if over_target or over_bound else []
+        evicted: list[Slot] = []
+        for scope in self.full(key):
+            if not any(scope in scopes_of(victim.key) for victim in evicted):
+                evicted.append(next(idle for idle in self.idle if scope in scopes_of(idle.key)))
+        others = [idle for idle in self.idle if idle not in evicted]
+        if kind is not Kind.TRANSIENT:
+            evicted += others[: max(0, self.counted + 1 - len(evicted) - self.pool_size)]
         assert list(entry.close) == [*lost, *evicted]
-        del self.idle[: len(evicted)]
+        self.idle = [idle for idle in self.idle if idle not in evicted]
+        self.connecting.append(entry)
         self.closing += evicted
-        self.succeeded += evicted
         self.evictions += len(evicted)
+        self.share(key, evicted)
 
-    def settle(self, step: Steps, close: Sequence[Slot] = ()) -> None:
+    def share(self, key: str, evicted: Sequence[Slot]) -> None:
+        """Note in which scopes a victim gives its place to the permit for *key*."""
+        for scope in scopes_of(key):
+            for victim in evicted:
+                if scope in scopes_of(victim.key):
+                    self.given_up.setdefault(victim, []).append(scope)
+                    break
+
+    def settle(self, step: Steps, close: Sequence[Slot] = (), heir: Place | None = None) -> None:
         """Check what a step closes and whom it wakes."""
         expected = [*close, *self.take_over_lost()]
         self.closing += close
-        woken = list(step.wake)
+        if heir is not None:
+            self.serve(heir)
+        served = []
         for wait in list(self.waiting):
-            if self.may_have(wait.key, wait.kind, wait in self.insistent):
-                assert woken.pop(0) is wait
-                assert wait.grant is not None
-                self.waiting.remove(wait)
-                self.grant(wait.key, wait.kind, wait.grant)
-        assert woken == []
+            if wait is heir:
+                served.append(wait)
+            elif self.may_have(wait.key, wait.kind, wait in self.insistent):
+                self.serve(wait)
+                served.append(wait)
+        self.waiting = [wait for wait in self.waiting if wait not in served]
+        assert list(step.wake) == served
         while self.idle and self.counted > self.pool_size:
             expected.append(self.idle.pop(0))
             self.closing.append(expected[-1])
         assert list(step.close) == expected
 
+    def serve(self, wait: Place) -> None:
+        assert wait.grant is not None
+        assert isinstance(wait.borrower, int)
+        self.grant(wait.key, wait.kind, wait.grant, wait.borrower)
+
+    def heir_of(self, entry: Slot, now: int) -> Place | None:
+        """Who is lent an entry that was just returned, past those who need its place; None if nobody is."""
+        own = [wait for wait in self.waiting if wait.key == entry.key and wait.kind is not Kind.TRANSIENT]
+        if not own:
+            return None
+        older = self.waiting[: self.waiting.index(own[0])]
+        overtaken = [wait for wait in older if any(scope in scopes_of(entry.key) for scope in self.full(wait.key))]
+        for wait in overtaken:
+            self.overtaken.setdefault(wait, now)
+        overdue = [wait for wait in overtaken if now - self.overtaken[wait] >= self.bounds.max_overtake]
+        return None if overdue else own[0]
+
 
 def server_of(key: str) -> str:
     """Three of the machine's keys are on one server, two on another."""
     return "one" if key in "abc" else "other"
+
+
+def scopes_of(key: str) -> list[Scope]:
+    """The scopes that a connection to *key* is in, the narrowest first."""
+    return [("max_per_database", key), ("max_per_server", server_of(key)), ("max_connections", None)]
 
 
 def pick(entries: Sequence[Any], number: int) -> Any:
@@ -598,6 +672,8 @@ def pick(entries: Sequence[Any], number: int) -> Any:
 
 keys = st.sampled_from("abcde")
 numbers = st.integers(0, 20)
+borrowers = st.integers(0, 3)
+limits = st.sampled_from([None, None, 1, 2, 3])
 
 
 class LedgerAgainstModel(RuleBasedStateMachine):
@@ -605,34 +681,47 @@ class LedgerAgainstModel(RuleBasedStateMachine):
 
     @initialize(
         pool_size=st.integers(1, 4),
-        bound=st.sampled_from([None, 1, 2, 3, 4]),
+        bounds=st.builds(Bounds, limits, limits, limits, st.just(2)),
         at_a_time=st.sampled_from([None, 1, 2]),
         full=st.booleans(),
     )
-    def begin(self, pool_size: int, bound: int | None, at_a_time: int | None, full: bool) -> None:
-        self.ledger: Books = Ledger(pool_size, bound, at_a_time)
-        self.model = Model(pool_size, bound, at_a_time)
+    def begin(self, pool_size: int, bounds: Bounds, at_a_time: int | None, full: bool) -> None:
+        self.now = self.borrower = 0
+        self.ledger: Books = Ledger(pool_size, bounds, at_a_time, lambda: self.borrower, lambda: self.now)
+        self.model = Model(pool_size, bounds, at_a_time)
         self.gone: list[Slot] = []
-        for key in "abcd"[: min(pool_size, bound or pool_size) * full]:
-            self.acquire(key, Kind.PINNED)
+        for key in "abcd"[: pool_size * full]:
+            if self.model.may_have(key, Kind.PINNED):
+                self.acquire(key, Kind.PINNED, 9)
         self.settle_down(0)
 
-    @rule(key=keys, kind=st.sampled_from([Kind.KEPT, Kind.KEPT, Kind.KEPT, Kind.TRANSIENT, Kind.PINNED]))
-    def acquire(self, key: str, kind: Kind) -> None:
+    @rule(key=keys, kind=st.sampled_from([Kind.KEPT, Kind.KEPT, Kind.KEPT, Kind.TRANSIENT, Kind.PINNED]), who=borrowers)
+    def acquire(self, key: str, kind: Kind, who: int) -> None:
         model = self.model
+        while any(wait.borrower == who for wait in model.waiting):
+            who += 1
+        self.borrower = who
         answer = self.ledger.acquire(key, kind, server_of(key))
         lost = model.take_over_lost()
         assert isinstance(answer, Entry) is model.may_have(key, kind)
-        if isinstance(answer, Wait):
-            assert list(answer.close) == lost
-            model.waiting.append(answer)
+        if isinstance(answer, Entry):
+            model.grant(key, kind, answer, who, lost)
+            return
+        assert list(answer.close) == lost
+        assert bool(answer.held) is model.is_hopeless(key, who)
+        if answer.held:
+            assert set(answer.held) == {entry for entry in model.in_use if model.borrowers[entry] == who}
         else:
-            model.grant(key, kind, answer, lost)
+            model.waiting.append(answer)
+
+    @rule(seconds=st.integers(1, 3))
+    def time_passes(self, seconds: int) -> None:
+        self.now += seconds
 
     @rule(burst=st.lists(keys, min_size=2, max_size=4))
     def acquire_at_once(self, burst: list[str]) -> None:
-        for key in burst:
-            self.acquire(key, Kind.KEPT)
+        for who, key in enumerate(burst):
+            self.acquire(key, Kind.KEPT, who)
 
     @rule(number=numbers)
     def settle_down(self, number: int) -> None:
@@ -684,7 +773,7 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         model.in_use.remove(entry)
         if keep:
             model.idle.append(entry)
-        model.settle(step, () if keep else (entry,))
+        model.settle(step, () if keep else (entry,), model.heir_of(entry, self.now) if keep else None)
 
     @precondition(lambda self: self.borrowed)
     @rule(number=numbers)
@@ -746,13 +835,13 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         self.model.insistent.append(wait)
         if grant is not None:
             self.model.waiting.remove(wait)
-            self.model.grant(wait.key, wait.kind, grant)
+            self.model.serve(wait)
 
     def fork(self) -> None:
         model = self.model
         theirs = [*model.idle, *model.in_use]
         assert sorted(self.ledger.abandon()) == sorted(str(entry.connection) for entry in theirs)
-        self.model = Model(model.pool_size, model.bound, model.at_a_time)
+        self.model = Model(model.pool_size, model.bounds, model.at_a_time)
         for entry in theirs:
             self.ledger.reclaimed(entry)
             assert self.ledger.release(entry) is NOTHING
@@ -781,7 +870,8 @@ class LedgerAgainstModel(RuleBasedStateMachine):
     @invariant()
     def the_bound_holds_and_nobody_waits_who_could_be_served(self) -> None:
         model = self.model
-        assert model.bound is None or model.sockets <= model.bound
+        for scope in {scope for key in "abcde" for scope in scopes_of(key)}:
+            assert model.sockets(scope) <= (model.limit(scope) or 99)
         assert not any(model.may_have(wait.key, wait.kind, wait in model.insistent) for wait in model.waiting)
 
     @invariant()
@@ -849,7 +939,9 @@ def test_long_random_histories(seed: int | None) -> None:
     chance = random.Random(seed)
     machine = LedgerAgainstModel()
     for _ in range(HISTORIES):
-        machine.begin(chance.randint(1, 4), chance.choice([None, 2, 3, 4, 6]), chance.choice([None, 1]), full=True)
+        per_server, per_key, total = (chance.choice([None, None, number]) for number in (3, 2, 4))
+        bounds = Bounds(total, per_server, per_key, max_overtake=2)
+        machine.begin(chance.randint(1, 4), bounds, chance.choice([None, 1]), full=True)
         for _ in range(50):
             step = chance.choice(WALK)
             if step(machine, chance) is None:
@@ -858,8 +950,9 @@ def test_long_random_histories(seed: int | None) -> None:
 
 
 WALK: list[Callable[[LedgerAgainstModel, random.Random], Any]] = [
-    *[lambda machine, chance: machine.acquire(chance.choice("abcde"), Kind.KEPT)] * 5,
-    lambda machine, chance: machine.acquire(chance.choice("abcde"), chance.choice([*Kind])),
+    *[lambda machine, chance: machine.acquire(chance.choice("abcde"), Kind.KEPT, chance.randrange(6))] * 5,
+    lambda machine, chance: machine.acquire(chance.choice("abcde"), chance.choice([*Kind]), chance.randrange(6)),
+    lambda machine, chance: machine.time_passes(1),
     *[lambda machine, chance: machine.ready and machine.opened(chance.randrange(9))] * 3,
     *[lambda machine, chance: machine.borrowed and machine.release(chance.randrange(9), reusable=True)] * 4,
     lambda machine, chance: machine.borrowed and machine.release(chance.randrange(9), reusable=False),
@@ -953,7 +1046,7 @@ STEPS: dict[str, Callable[[Books], object]] = {
 
 
 def served(ledger: Books) -> Place:
-    return Wait("waiting", Kind.KEPT, "server", threading.Event(), (), granted(ledger, "x"))
+    return Wait("waiting", Kind.KEPT, "server", 0, grant=granted(ledger, "x"))
 
 
 PARTS: weakref.WeakKeyDictionary[Books, dict[str, Slot]] = weakref.WeakKeyDictionary()
@@ -961,7 +1054,7 @@ PARTS: weakref.WeakKeyDictionary[Books, dict[str, Slot]] = weakref.WeakKeyDictio
 
 def busy_ledger() -> Books:
     """A ledger with a connection in each state."""
-    ledger: Books = Ledger(4, max_connections=6, max_connecting=2)
+    ledger: Books = bounded(4, max_connections=6, max_connecting=2)
     in_use, closing = borrow(ledger, "in use"), borrow(ledger, "closing")
     make_idle(ledger, "idle")
     ledger.release(closing, reusable=False)
@@ -1123,7 +1216,7 @@ def eager_switches() -> Iterator[None]:
 @pytest.mark.usefixtures("eager_switches")
 def test_threads_leave_the_books_right(bound: int | None, at_a_time: int | None) -> None:
     """Eight threads at once lose no connection, leave nobody waiting and end with what is idle."""
-    ledger: Books = Ledger(4, bound, at_a_time)
+    ledger: Books = Ledger(4, Bounds(bound), at_a_time)
     errors: list[BaseException] = []
     threads = [threading.Thread(target=work, args=(ledger, seed, 500, errors), daemon=True) for seed in range(8)]
     for thread in threads:
