@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
@@ -77,6 +77,7 @@ class Wait(Generic[K, C]):
     Ends in that grant or in `give_up`. *close* holds what is to be closed meanwhile. Once it is not *patient*
     any more, it waits for no turn to connect. If it would wait for ever, because all that could make room is
     held by borrowers who wait themselves, it is not in the queue and *held* is what its own borrower holds.
+    When it ends without a grant, *bounds* are those that left no room.
     """
 
     key: K
@@ -85,6 +86,7 @@ class Wait(Generic[K, C]):
     borrower: Hashable
     close: Sequence[Entry[K, C]] = ()
     held: Sequence[Entry[K, C]] = ()
+    bounds: Mapping[str, int] = field(default_factory=dict)
     grant: Entry[K, C] | None = None
     patient: bool = True
     overtaken_at: float = math.inf

@@ -111,7 +111,9 @@ class Ledger(Generic[K, C]):
                 grant.close = [*lost, *grant.close]
                 return grant
             wait.held = self._held_in_a_cycle(wait)
-            if not wait.held:
+            if wait.held:
+                wait.bounds = self._bounds_of(wait)
+            else:
                 wait.turn = make_turn()
                 self._waiting.append(wait)
             return wait
@@ -195,6 +197,7 @@ class Ledger(Generic[K, C]):
         with self._lock:
             if wait.grant is None:
                 self._waiting.remove(wait)
+                wait.bounds = self._bounds_of(wait)
             return wait.grant
 
     def discard(self, key: K | None = None) -> Step[K, C]:
@@ -223,12 +226,6 @@ class Ledger(Generic[K, C]):
         self._lost.clear()
         self._begin()
         return [entry.connection for entry in entries if entry.connection is not None]
-
-    def blocking(self, wait: Wait[K, C]) -> dict[str, int]:
-        """The bounds, by name, that leave no room for *wait* now."""
-        with self._lock:
-            full = self._places.full(self._places.scopes(wait.key, wait.server))
-            return {bound: self._places.limits[bound] for bound, _ in full}
 
     def stats(self) -> Stats:
         """Read the books, all at one moment."""
@@ -353,8 +350,14 @@ class Ledger(Generic[K, C]):
             wait.grant = self._grant(wait)
 
     def _needs_place_of(self, entry: Entry[K, C], wait: Wait[K, C]) -> bool:
-        full = self._places.full(self._places.scopes(wait.key, wait.server))
-        return any(scope in entry.places for scope in full)
+        return any(scope in entry.places for scope in self._full(wait))
+
+    def _full(self, wait: Wait[K, C]) -> list[Scope]:
+        return self._places.full(self._places.scopes(wait.key, wait.server))
+
+    def _bounds_of(self, wait: Wait[K, C]) -> dict[str, int]:
+        """The bounds, by name, that leave no room for *wait*."""
+        return {bound: self._places.limits[bound] for bound, _ in self._full(wait)}
 
     def _held_in_a_cycle(self, wait: Wait[K, C]) -> list[Entry[K, C]]:
         """What the borrower of *wait* holds, if it would wait for ever; else nothing.

@@ -185,26 +185,25 @@ class LedgerPool(Pool):
             raise
         if (granted := self.ledger.give_up(wait)) is not None:
             return granted
-        stats, bounds = self.ledger.stats(), self.ledger.blocking(wait)
+        stats = self.ledger.stats()
         raise CheckoutTimeoutError(
-            f"no connection to {self.database.home} within {monotonic() - begun:.1f} s: {_listed(bounds)} left no "
+            f"no connection to {self.database.home} within {monotonic() - begun:.1f} s: {_listed(wait.bounds)} left no "
             f"room; {stats.in_use} in use, {stats.connecting} connecting, {stats.waiting} waiting. Hold connections "
-            f"for less time, raise {' or '.join(bounds)}, or give a longer checkout_timeout",
+            f"for less time, raise {' or '.join(wait.bounds)}, or give a longer checkout_timeout",
             database=self.database,
-            bounds=bounds,
+            bounds=wait.bounds,
         )
 
     def _refuse(self, wait: Wait[object, CachedConnection]) -> NoReturn:
         """Raise at once: the caller waits, directly or through others, for what it holds itself."""
         close(self.ledger, wait.close)
-        bounds = self.ledger.blocking(wait)
         held = [entry.connection.pool.database.home for entry in wait.held if entry.connection is not None]
         raise CheckoutTimeoutError(
-            f"no connection to {self.database.home}, ever: {_listed(bounds)} leaves no room, and all that could make "
-            f"room is held by callers who wait for one themselves; this one holds {', '.join(held)}. End that block "
-            f"first, or raise {' or '.join(bounds)}",
+            f"no connection to {self.database.home}, ever: {_listed(wait.bounds)} leaves no room, and all that could "
+            f"make some is held by callers who wait for one themselves; this one holds {', '.join(held)}. End that "
+            f"block first, or raise {' or '.join(wait.bounds)}",
             database=self.database,
-            bounds=bounds,
+            bounds=wait.bounds,
             held=held,
         )
 
