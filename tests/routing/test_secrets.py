@@ -8,6 +8,7 @@ import logging
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -15,6 +16,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
+import shardrepo
 from shardrepo import AuthenticationError, Config, ConfigError, Database, Repo, UnknownDatabaseError
 from shardrepo.testing.servers import Server
 
@@ -22,6 +24,8 @@ from ..conftest import books_balance
 from ..models import Tag
 
 pytestmark = pytest.mark.routing
+
+PACKAGE = str(Path(shardrepo.__file__).parent)
 
 SECRET = "hunter2-päss w'ord\\%40/@:?#&"
 WRONG = "swordfish-" + SECRET
@@ -236,7 +240,7 @@ def told(error: BaseException) -> list[str]:
     while seen is not None:
         trace = traceback.TracebackException.from_exception(seen, capture_locals=True)
         for frame in trace.stack:
-            if "/shardrepo/" in frame.filename or "/site-packages/" in frame.filename:
+            if frame.filename.startswith(PACKAGE) or "/site-packages/" in frame.filename:
                 shown.append(f"{frame.filename} {frame.name} {frame.locals}")
         shown.extend(traceback.format_exception(seen))
         seen = seen.__cause__ or seen.__context__
