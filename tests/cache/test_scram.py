@@ -44,6 +44,20 @@ def derived(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return passwords
 
 
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A name for each connect that was traced: psycopg's connections take no patch, but a trace needs a file."""
+    names: list[str] = []
+    make = os.memfd_create
+
+    def remember(name: str) -> int:
+        names.append(name)
+        return make(name)
+
+    monkeypatch.setattr(os, "memfd_create", remember)
+    return names
+
+
 def alter(server: Server, password: str) -> None:
     with server.connect() as connection:
         connection.execute(SQL("ALTER ROLE keyed PASSWORD {}").format(Literal(password)))
@@ -92,27 +106,44 @@ def test_only_the_first_connect_is_traced(
     server: Server,
     role: str,
     password: str,
-    monkeypatch: pytest.MonkeyPatch,
+    traces: list[str],
 ) -> None:
     """A trace costs memory that nobody gets back: a role that is known is connected without one, keys or no keys."""
-    traces: list[str] = []
-    make = os.memfd_create
-
-    def remember(name: str) -> int:
-        traces.append(name)
-        return make(name)
-
     alter(server, password)
     repo = make_repo(database)
     with repo.using(username=role, password=password):
         repo.ping()
-        monkeypatch.setattr(os, "memfd_create", remember)
+        traces.clear()
         for _ in range(20):
             repo.ping()
         assert traces == []
         alter(server, password)
         repo.ping()
         assert len(traces) == (1 if takes_keys and password.isascii() else 0)
+
+
+@pytest.mark.parametrize("password", ["first", "pässwörd"])
+def test_visits_to_many_databases_are_not_traced(
+    make_repo: Callable[..., type[Repo]],
+    make_databases: Callable[..., list[str]],
+    server: Server,
+    role: str,
+    password: str,
+    traces: list[str],
+) -> None:
+    """What one database's first connect has learned holds for all of the server, new ones too: evicted and opened
+    again, they are connected without a trace, which would cost each visit some 4 KiB for good."""
+    alter(server, password)
+    first, *others = make_databases(5)
+    repo = make_repo(first, pool_size=1)
+    with repo.using(username=role, password=password):
+        repo.count(Tag)
+    traces.clear()
+    for name in others * 5:
+        with repo.using(database=name, username=role, password=password):
+            repo.count(Tag)
+    assert repo.stats().evictions == 20
+    assert traces == []
 
 
 def test_an_old_password_is_refused_after_a_rotation(

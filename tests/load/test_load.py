@@ -37,8 +37,7 @@ PLAN = Plan(threads=8, think=0.005, seconds=None, operations=OPERATIONS, visit=1
 
 pytestmark = pytest.mark.timeout(1200 if LONG else 240)
 
-# What is acquired may be a place in the queue; that has a key too.
-Checkout = tuple[str, Entry[Any, Any] | Wait[Any, Any]]
+Checkout = tuple[str, Entry[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,20 @@ def run(servers: Servers, urls: list[URL]) -> Run:
 
 
 def listen(ledger: Ledger[Any, Any]) -> list[Checkout]:
-    """Record every checkout and every return, in the order in which they happen."""
+    """Record every checkout and every return, in the order in which they happen; a wait when it is granted."""
     events: list[Checkout] = []
-    acquire, release = ledger.acquire, ledger.release
+    acquire, give_up, release = ledger.acquire, ledger.give_up, ledger.release
 
     def heard_acquire(key: Any, kind: Kind = Kind.KEPT, *more: Any) -> Any:
         entry = acquire(key, kind, *more)
-        events.append(("acquire", entry))
+        if isinstance(entry, Entry):
+            events.append(("acquire", entry))
+        return entry
+
+    def heard_give_up(wait: Wait[Any, Any]) -> Any:
+        entry = give_up(wait)
+        if entry is not None:
+            events.append(("acquire", entry))
         return entry
 
     def heard_release(entry: Entry[Any, Any], reusable: bool = True) -> Any:
@@ -99,6 +105,7 @@ def listen(ledger: Ledger[Any, Any]) -> list[Checkout]:
         return release(entry, reusable)
 
     ledger.acquire, ledger.release = heard_acquire, heard_release  # type: ignore[assignment, method-assign]
+    ledger.give_up = heard_give_up  # type: ignore[method-assign]
     return events
 
 
