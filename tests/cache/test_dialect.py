@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,12 +31,15 @@ PER_SERVER = 34 if LONG else 18
 
 
 @pytest.fixture(scope="module")
-def fleet(servers: Servers) -> list[tuple[Server, str]]:
-    """Databases on each of the three servers, in which the tests of this module write; they go with the servers."""
+def fleet(servers: Servers) -> Iterator[list[tuple[Server, str]]]:
+    """Databases on each of the three servers, in which the tests of this module write."""
     names = [f"fleet{number:02}" for number in range(PER_SERVER)]
     for server in servers:
         server.create_databases(names, template=TEMPLATE)
-    return [(server, name) for name in names for server in servers]
+    yield [(server, name) for name in names for server in servers]
+    for server in servers:
+        for name in names:
+            server.drop_database(name, force=True)
 
 
 def at(server: Server, name: str) -> dict[str, Any]:
