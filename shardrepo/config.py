@@ -85,10 +85,9 @@ class Config:
         settings = dict(given) if isinstance(given, Mapping) else {"url": given}
         address = _address_of(settings)
         for name in settings:
-            if name in _SQLALCHEMYS:
-                raise ConfigError(f"unknown setting {name!r}; did you mean {_SQLALCHEMYS[name]!r}?")
             if name not in _SETTINGS:
-                raise ConfigError(unknown("setting", str(name), [*_SETTINGS, *_ADDRESS, "url", "drivername"]))
+                known = [*_SETTINGS, *_ADDRESS, "url", "drivername"]
+                raise ConfigError(unknown("setting", str(name), known, _SQLALCHEMYS.get(name)))
         return cls(address=address, **{name: _SETTINGS[name](value) for name, value in settings.items()})
 
     @property
@@ -155,22 +154,15 @@ def _checked_text(name: str, value: object) -> str:
     return value
 
 
-def _checked_pool_size(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"pool_size must be an integer, not {type(value).__name__} {value!r}")
-    if value < 1:
-        raise ConfigError(f"pool_size={value} keeps no connection: give the number to keep over all databases")
-    return value
-
-
-def _checked_bound(name: str) -> Callable[[object], int | None]:
+def _checked_count(name: str, remedy: str, *, optional: bool = False) -> Callable[[object], int | None]:
     def check(value: object) -> int | None:
-        if value is None:
+        if value is None and optional:
             return None
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ConfigError(f"{name} must be an integer or None, not {type(value).__name__} {value!r}")
+            wanted = "an integer or None" if optional else "an integer"
+            raise ConfigError(f"{name} must be {wanted}, not {type(value).__name__} {value!r}")
         if value < 1:
-            raise ConfigError(f"{name}={value} lets nobody connect: give the most that there may be, or None")
+            raise ConfigError(f"{name}={value} {remedy}")
         return value
 
     return check
@@ -206,8 +198,11 @@ def _checked_mapping(name: str, refused: frozenset[str], remedy: str) -> Callabl
 
 
 _SETTINGS: Final[Mapping[str, Callable[[object], Any]]] = {
-    "pool_size": _checked_pool_size,
-    **{name: _checked_bound(name) for name in ("max_connections", "max_per_server", "max_per_database")},
+    "pool_size": _checked_count("pool_size", "keeps no connection: give the number to keep over all databases"),
+    **{
+        name: _checked_count(name, "lets nobody connect: give the most that there may be, or None", optional=True)
+        for name in ("max_connections", "max_per_server", "max_per_database")
+    },
     **{name: _checked_seconds(name) for name in ("max_overtake", "checkout_timeout", "connect_timeout")},
     "require_database": _checked_flag,
     "application_name": lambda value: _checked_text("application_name", value),

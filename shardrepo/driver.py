@@ -55,7 +55,10 @@ _ERROR_OF: Final[Mapping[str, tuple[type[ConnectError], str]]] = {
     "28000": (AuthenticationError, "the server refused the user: check username and pg_hba.conf"),
     "28P01": (AuthenticationError, "the server refused the password: check username and password"),
     "3D000": (UnknownDatabaseError, "the server has no such database: create it, or choose another"),
-    "53300": (ServerFullError, "the server has no connection left: lower pool_size, or raise max_connections"),
+    "53300": (
+        ServerFullError,
+        "the server has no connection left: lower pool_size, or raise the server's max_connections",
+    ),
     "57P01": (ServerUnavailableError, "the server is shutting down: try again later"),
     "57P02": (ServerUnavailableError, "the server has crashed and is recovering: try again later"),
     "57P03": (ServerUnavailableError, "the server is starting up or shutting down: try again later"),

@@ -74,16 +74,18 @@ class Entry(Generic[K, C]):
 class Wait(Generic[K, C]):
     """A place in the queue, for a hard bound or for a turn to connect. *grant* is set before *turn* is, once.
 
-    Ends in that grant or in `give_up`. *close* holds what is to be closed meanwhile. Once it is not *patient*
-    any more, it waits for no turn to connect. If it would wait for ever, because all that could make room is
-    held by borrowers who wait themselves, it is not in the queue and *held* is what its own borrower holds.
-    When it ends without a grant, *bounds* are those that left no room.
+    *scopes* are the bounded ones in which the connection would take a place. Ends in that grant or in `give_up`.
+    *close* holds what is to be closed meanwhile. Once it is not *patient* any more, it waits for no turn to
+    connect. If it would wait for ever, because all that could make room is held by borrowers who wait
+    themselves, it is not in the queue and *held* is what its own borrower holds. When it ends without a grant,
+    *bounds* are those that left no room.
     """
 
     key: K
     kind: Kind
     server: Hashable
     borrower: Hashable
+    scopes: Sequence[Scope] = ()
     close: Sequence[Entry[K, C]] = ()
     held: Sequence[Entry[K, C]] = ()
     bounds: Mapping[str, int] = field(default_factory=dict)

@@ -158,9 +158,9 @@ class StaleError(ShardRepoError, StaleDataError):
         self.home = home
 
 
-def unknown(kind: str, given: str, known: Iterable[str]) -> str:
-    """Say that *given* is no *kind*, and which of the *known* was probably meant."""
+def unknown(kind: str, given: str, known: Iterable[str], meant: str | None = None) -> str:
+    """Say that *given* is no *kind*, and which of the *known* was probably meant: the nearest, unless that is said."""
     names = sorted(known)
-    close = get_close_matches(given, names, n=1)
+    close = [meant] if meant else get_close_matches(given, names, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
     return f"unknown {kind} {given!r}; {hint}"

@@ -20,7 +20,7 @@ from itertools import islice
 from time import monotonic
 from typing import Final, Generic
 
-from .entries import NOTHING, C, Entry, K, Kind, Scope, State, Step, Turn, Wait
+from .entries import NOTHING, C, Entry, K, Kind, State, Step, Turn, Wait
 from .places import UNBOUNDED, Bounds, Places
 from .stats import Stats
 
@@ -104,7 +104,7 @@ class Ledger(Generic[K, C]):
             idle = self._idle_of.get(key)
             if idle is not None and kind is not _TRANSIENT:
                 return self._lend(idle, kind, self._borrower() if self._places.limits else None, lost)
-            wait: Wait[K, C] = Wait(key, kind, server, self._borrower(), lost)
+            wait: Wait[K, C] = Wait(key, kind, server, self._borrower(), self._places.scopes(key, server), lost)
             # Whoever waits is blocked, and so is who needs the same: nobody is overtaken by this.
             grant = self._permit(wait)
             if grant is not None:
@@ -273,11 +273,10 @@ class Ledger(Generic[K, C]):
         """Let *wait* open a connection, unless it has to wait for its turn or a bound leaves no room."""
         if wait.patient and self._connecting_to[wait.server] >= (self.max_connecting or math.inf):
             return None
-        scopes = self._places.scopes(wait.key, wait.server)
-        victims = self._victims(scopes, wait.kind)
+        victims = self._victims(wait)
         if victims is None:
             return None
-        entry: Entry[K, C] = Entry(wait.key, wait.kind, wait.server, scopes)
+        entry: Entry[K, C] = Entry(wait.key, wait.kind, wait.server, wait.scopes)
         entry.borrower = wait.borrower
         entry.close = victims
         self._attempts += 1
@@ -290,16 +289,16 @@ class Ledger(Generic[K, C]):
         self._places.take(entry)
         return entry
 
-    def _victims(self, scopes: Sequence[Scope], kind: Kind) -> list[Entry[K, C]] | None:
-        """What has to be closed before one more connection may be opened; None if that does not make room."""
+    def _victims(self, wait: Wait[K, C]) -> list[Entry[K, C]] | None:
+        """What has to be closed before a connection for *wait* may be opened; None if that does not make room."""
         victims: list[Entry[K, C]] = []
-        for scope in self._places.full(scopes):
+        for scope in self._places.full(wait.scopes):
             if not any(scope in victim.places for victim in victims):
                 victim = next((entry for entry in self._idle if scope in entry.places), None)
                 if victim is None:
                     return None
                 victims.append(victim)
-        surplus = 0 if kind is _TRANSIENT else self._kept + 1 - len(victims) - self.pool_size
+        surplus = 0 if wait.kind is _TRANSIENT else self._kept + 1 - len(victims) - self.pool_size
         if surplus > 0:
             others = (entry for entry in self._idle if entry not in victims)
             victims += islice(others, surplus)
@@ -350,21 +349,20 @@ class Ledger(Generic[K, C]):
             wait.grant = self._grant(wait)
 
     def _needs_place_of(self, entry: Entry[K, C], wait: Wait[K, C]) -> bool:
-        return any(scope in entry.places for scope in self._full(wait))
-
-    def _full(self, wait: Wait[K, C]) -> list[Scope]:
-        return self._places.full(self._places.scopes(wait.key, wait.server))
+        return any(scope in entry.places for scope in self._places.full(wait.scopes))
 
     def _bounds_of(self, wait: Wait[K, C]) -> dict[str, int]:
         """The bounds, by name, that leave no room for *wait*."""
-        return {bound: self._places.limits[bound] for bound, _ in self._full(wait)}
+        return {bound: self._places.limits[bound] for bound, _ in self._places.full(wait.scopes)}
 
     def _held_in_a_cycle(self, wait: Wait[K, C]) -> list[Entry[K, C]]:
         """What the borrower of *wait* holds, if it would wait for ever; else nothing.
 
         A wait of somebody who holds nothing closes no cycle.
         """
-        held = [entry for entry in self._in_use if self._places.limits and entry.borrower == wait.borrower]
+        if not self._places.full(wait.scopes):
+            return []
+        held = [entry for entry in self._in_use if entry.borrower == wait.borrower]
         return held if held and self._places.is_hopeless(wait, self._waiting, self._in_use) else []
 
     def _take_over_lost(self) -> list[Entry[K, C]]:

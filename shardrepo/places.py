@@ -89,5 +89,5 @@ class Places:
         """Whether *wait* needs a place in a scope where none comes free before one of *borrowers* goes on."""
         return any(
             self._taken[scope] <= sum(scope in entry.places and entry.borrower in borrowers for entry in in_use)
-            for scope in self.full(self.scopes(wait.key, wait.server))
+            for scope in self.full(wait.scopes)
         )

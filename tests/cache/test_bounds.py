@@ -49,11 +49,12 @@ def at(place: tuple[Server, str]) -> dict[str, Any]:
 
 
 class Borrower:
-    """A thread that holds a connection until it is told to let go."""
+    """A thread that holds a connection, once this is made, until it is told to let go."""
 
     def __init__(self, executor: ThreadPoolExecutor, repo: type[Repo], place: tuple[Server, str]) -> None:
         self._has, self._may_go = threading.Event(), threading.Event()
         self._done = executor.submit(self._hold, repo, place)
+        assert self._has.wait(30)
 
     def _hold(self, repo: type[Repo], place: tuple[Server, str]) -> int:
         with repo.using(at(place)), repo.transaction():
@@ -61,10 +62,6 @@ class Borrower:
             self._has.set()
             assert self._may_go.wait(60)
             return pid
-
-    def holds(self) -> bool:
-        assert self._has.wait(30)
-        return True
 
     def let_go(self) -> int:
         self._may_go.set()
@@ -111,7 +108,6 @@ def test_what_is_returned_serves_who_waits_for_it(
     """Under `max_per_database` the next caller gets the very connection that was held."""
     repo = make_repo("postgres", max_per_database=1)
     borrower = Borrower(executor, repo, many[0])
-    assert borrower.holds()
     waiting = executor.submit(ask, repo, many[0])
     await_(lambda: repo.stats().waiting == 1)
     ask(repo, many[1])
@@ -126,7 +122,6 @@ def test_a_full_server_holds_up_nobody_who_wants_another(
     """Under `max_per_server` callers wait for their own server only, and are served when it has room."""
     repo = make_repo("postgres", max_per_server=1)
     borrower = Borrower(executor, repo, many[0])
-    assert borrower.holds()
     waiting = executor.submit(ask, repo, many[2])
     await_(lambda: repo.stats().waiting == 1)
     for place in many[1:8:2]:
@@ -164,7 +159,6 @@ def test_a_wait_that_takes_too_long(
     """It ends after `checkout_timeout` with an error that names the database, the bound and the numbers."""
     repo = make_repo("postgres", max_connections=1, checkout_timeout=0.3)
     borrower = Borrower(executor, repo, many[0])
-    assert borrower.holds()
     begun = monotonic()
     with pytest.raises(CheckoutTimeoutError, match=r"max_connections=1 left no room; 1 in use, 0 connecting") as caught:
         ask(repo, many[1])
