@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -11,10 +12,13 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from .database import ADDRESS_PARAMETERS, Choice, Database, Options, checked, database_from, options_of_url
+from .entries import Ages
 from .errors import ConfigError, NoDatabaseError, unknown
 from .places import Bounds
 
 ConfigSource: TypeAlias = "str | URL | Mapping[str, Any] | Callable[[], str | URL | Mapping[str, Any]]"
+
+_POOL_SIZE: Final = 20
 
 # A day; what the system can wait for at once ends somewhere above.
 MAX_TIMEOUT: Final = 86_400
@@ -29,13 +33,26 @@ _OWN_ENGINE_OPTIONS: Final = frozenset(
     {
         *("connect_args", "creator", "async_creator", "module", "dialect", "url", "shared"),
         *("pool", "poolclass", "pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_pre_ping"),
-        *("pool_reset_on_return", "pool_use_lifo", "ledger", "database", "kind", "checkout_timeout"),
+        *("pool_reset_on_return", "pool_use_lifo", "ledger", "database", "kind", "settings", "attend"),
         *("use_native_hstore", "query_cache_size", "skip_autocommit_rollback", "isolation_level"),
     }
 )
 
 # What SQLAlchemy's own pool calls the nearest thing.
-_SQLALCHEMYS: Final = {"max_overflow": "max_connections", "pool_timeout": "checkout_timeout"}
+_SQLALCHEMYS: Final = {
+    "max_overflow": "max_connections",
+    "pool_timeout": "checkout_timeout",
+    "pool_recycle": "max_lifetime",
+    "pool_pre_ping": "check_after",
+}
+
+# Bounds that can never be reached contradict those around them.
+_ENCLOSED: Final = (
+    ("pool_size", "max_connections"),
+    ("max_per_database", "max_per_server"),
+    ("max_per_database", "max_connections"),
+    ("max_per_server", "max_connections"),
+)
 
 _EMPTY: Final[Mapping[str, Any]] = MappingProxyType({})
 
@@ -46,7 +63,8 @@ class Config:
 
     Attributes:
         address: The options of the default database that the config gives, without what it leaves open.
-        pool_size: The target: how many connections the process keeps, over all databases.
+        pool_size: The target: how many connections the process keeps, over all databases; 20, or `max_connections`
+            if that is less.
         max_connections: How many connections there may be at a time, in this process; None for no bound.
         max_per_server: The same for each server.
         max_per_database: The same for each database.
@@ -54,6 +72,12 @@ class Config:
             database a connection is returned meanwhile.
         checkout_timeout: Seconds that a caller waits for a bound.
         connect_timeout: Seconds that opening a connection may take in all, name resolution excepted.
+        idle_timeout: Seconds after which a connection that nobody uses is closed; None to keep it.
+        max_lifetime: Seconds after which a connection is closed, some up to a tenth earlier; None for no end.
+        check_after: Seconds after which a connection that nobody used is tested before it is used; None never
+            to, except when its server has just lost another.
+        warn_after: Seconds after which a connection that is still held is logged, with the stack that took it; None
+            for no such warning, which would cost each checkout a few microseconds.
         require_database: Whether a verb needs a chosen database, the default being no fallback.
         application_name: How the connections name themselves to the server.
         connect_args: Further libpq parameters, and psycopg's ``prepare_threshold``.
@@ -61,13 +85,17 @@ class Config:
     """
 
     address: Mapping[str, Any] = field(repr=False)
-    pool_size: int = 20
+    pool_size: int = _POOL_SIZE
     max_connections: int | None = None
     max_per_server: int | None = None
     max_per_database: int | None = None
     max_overtake: float = 0.05
     checkout_timeout: float = 30.0
     connect_timeout: float = 5.0
+    idle_timeout: float | None = 600.0
+    max_lifetime: float | None = 3600.0
+    check_after: float | None = 30.0
+    warn_after: float | None = None
     require_database: bool = False
     application_name: str = "shardrepo"
     connect_args: Mapping[str, Any] = field(default_factory=lambda: _EMPTY, repr=False)
@@ -88,12 +116,24 @@ class Config:
             if name not in _SETTINGS:
                 known = [*_SETTINGS, *_ADDRESS, "url", "drivername"]
                 raise ConfigError(unknown("setting", str(name), known, _SQLALCHEMYS.get(name)))
-        return cls(address=address, **{name: _SETTINGS[name](value) for name, value in settings.items()})
+        values = {name: _SETTINGS[name](value) for name, value in settings.items()}
+        if values.get("max_connections") is not None:
+            values.setdefault("pool_size", min(_POOL_SIZE, values["max_connections"]))
+        for inner, outer in _ENCLOSED:
+            _check_order(values, inner, outer)
+        return cls(address=address, **values)
 
     @property
     def bounds(self) -> Bounds:
         """The hard bounds of the cache."""
         return Bounds(self.max_connections, self.max_per_server, self.max_per_database, self.max_overtake)
+
+    @property
+    def ages(self) -> Ages:
+        """How old the connections of the cache may grow."""
+        return Ages(
+            *(math.inf if age is None else age for age in (self.idle_timeout, self.max_lifetime, self.check_after))
+        )
 
     def locate(self, choice: Choice | None) -> Database:
         """Merge *choice* into the default options. Pure: no I/O, the same choice is always the same database.
@@ -148,6 +188,12 @@ def _options_of(url: object) -> dict[str, Any]:
     return options_of_url(parsed)
 
 
+def _check_order(values: Mapping[str, Any], inner: str, outer: str) -> None:
+    small, large = values.get(inner), values.get(outer)
+    if small is not None and large is not None and small > large:
+        raise ConfigError(f"{inner}={small} is above {outer}={large}: lower the one, or raise the other")
+
+
 def _checked_text(name: str, value: object) -> str:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{name} must be a non-empty string, not {value!r}")
@@ -168,10 +214,13 @@ def _checked_count(name: str, remedy: str, *, optional: bool = False) -> Callabl
     return check
 
 
-def _checked_seconds(name: str) -> Callable[[object], float]:
-    def check(value: object) -> float:
+def _checked_seconds(name: str, *, optional: bool = False) -> Callable[[object], float | None]:
+    def check(value: object) -> float | None:
+        if value is None and optional:
+            return None
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ConfigError(f"{name} must be a number of seconds, not {type(value).__name__} {value!r}")
+            wanted = "a number of seconds or None" if optional else "a number of seconds"
+            raise ConfigError(f"{name} must be {wanted}, not {type(value).__name__} {value!r}")
         if not 0 < value <= MAX_TIMEOUT:
             raise ConfigError(f"{name}={value} cannot be kept: give seconds, above 0 and up to {MAX_TIMEOUT}")
         return float(value)
@@ -204,6 +253,10 @@ _SETTINGS: Final[Mapping[str, Callable[[object], Any]]] = {
         for name in ("max_connections", "max_per_server", "max_per_database")
     },
     **{name: _checked_seconds(name) for name in ("max_overtake", "checkout_timeout", "connect_timeout")},
+    **{
+        name: _checked_seconds(name, optional=True)
+        for name in ("idle_timeout", "max_lifetime", "check_after", "warn_after")
+    },
     "require_database": _checked_flag,
     "application_name": lambda value: _checked_text("application_name", value),
     "connect_args": _checked_mapping(

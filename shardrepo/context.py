@@ -94,15 +94,17 @@ class Transaction:
         connection: The connection that it holds.
         owner: Who opened it, and alone may use it.
         outer: The transaction, on another database, that this one was opened in.
+        is_over: Whether its block was left.
     """
 
-    __slots__ = ("_levels", "connection", "database", "outer", "owner")
+    __slots__ = ("_levels", "connection", "database", "is_over", "outer", "owner")
 
     def __init__(self, database: Database, connection: Connection, outer: Transaction | None) -> None:
         self.database = database
         self.connection = connection
         self.outer = outer
         self.owner = Owner()
+        self.is_over = False
         self._levels = [Level(connection.begin())]
 
     def __repr__(self) -> str:
@@ -248,9 +250,12 @@ class Context:
         return self._transaction.get() is not None
 
     def transaction(self, database: Database) -> Transaction | None:
-        """The innermost open transaction on *database*, whoever owns it."""
+        """The innermost open transaction on *database*, whoever owns it.
+
+        One that is over may still be here: another thread has collected the generator that had opened it.
+        """
         transaction = self._transaction.get()
-        while transaction is not None and transaction.database.key != database.key:
+        while transaction is not None and (transaction.is_over or transaction.database.key != database.key):
             transaction = transaction.outer
         return transaction
 
@@ -278,6 +283,7 @@ class Context:
         try:
             yield transaction
         finally:
+            transaction.is_over = True
             if self._transaction.get() is transaction:
                 self._transaction.set(outer)
 

@@ -125,6 +125,11 @@ class Database:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
+    def labels(self) -> dict[str, str]:
+        """What a log record says of it: ``database`` and ``server``."""
+        return {"database": self.name, "server": self.server}
+
+    @property
     def url(self) -> URL:
         """The address as a SQLAlchemy URL, without the password."""
         return URL.create("postgresql+psycopg", self.username, None, self.host, self.port, self.name, dict(self.query))

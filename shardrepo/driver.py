@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import selectors
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final
@@ -77,6 +78,13 @@ _RESET: Final = (
 _SETTINGS: Final = ("row_factory", "cursor_factory", "server_cursor_factory", "prepare_threshold", "prepared_max")
 
 
+# Stands for the owner of a connection whose borrower was lost; no process has this number.
+_LOST: Final = -1
+
+# Seconds that a server process gets to end.
+_DEPARTURE: Final = 0.25
+
+
 class DriverConnection(psycopg.Connection[Any]):
     """A psycopg connection that knows whether it was used, and whose it is.
 
@@ -91,16 +99,20 @@ class DriverConnection(psycopg.Connection[Any]):
     def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(pgconn, *args, **kwargs)
         self._pid = os.getpid()
+        self._deadline: float | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, "used", True)
         object.__setattr__(self, name, value)
 
-    def wait(self, *args: Any, **kwargs: Any) -> Any:
+    def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         if self._pid != os.getpid():
-            raise psycopg.OperationalError("this connection belongs to the parent process, which opened it")
+            owner = "the cache, which closes it" if self._pid == _LOST else "the parent process, which opened it"
+            raise psycopg.OperationalError(f"this connection belongs to {owner}")
         object.__setattr__(self, "used", True)
-        return super().wait(*args, **kwargs)
+        if self._deadline is not None:
+            gen = _until(self._deadline, gen)
+        return super().wait(gen, *args, **kwargs)
 
     def add_notice_handler(self, callback: Any) -> None:
         super().add_notice_handler(callback)
@@ -138,13 +150,60 @@ class DriverConnection(psycopg.Connection[Any]):
         self.autocommit = True
         self.execute(_RESET, prepare=False)
 
+    def test(self, seconds: float) -> None:
+        """Ask the server for a sign of life. Raises `NoAnswer` when there is none in time, else what psycopg raises."""
+        self.set_autocommit_mode(True)
+        self._deadline = monotonic() + seconds
+        try:
+            self.execute("", prepare=False)
+        except NoAnswer:
+            self.close()
+            raise
+        self._deadline = None
+        self.rest()
+
+    def lose(self) -> None:
+        """Nobody may use it any more: its borrower is gone, and another thread will close it."""
+        object.__setattr__(self, "_pid", _LOST)
+
+    def forget_statements(self) -> None:
+        """Drop what the server has prepared for this connection, before its next statement."""
+        self._prepared.clear()
+
+    @contextmanager
+    def departure(self) -> Iterator[None]:
+        """Wait, once the block has closed this connection, until the server has let go of it too; not for long."""
+        socket = os.dup(self.fileno())
+        try:
+            yield
+            _ready(socket, selectors.EVENT_READ, monotonic() + _DEPARTURE)
+        finally:
+            os.close(socket)
+
     def rollback(self) -> None:
         if self._pid == os.getpid():
             super().rollback()
 
     def close(self) -> None:
-        if self._pid == os.getpid():
+        if self._pid in (os.getpid(), _LOST):
             super().close()
+
+
+class NoAnswer(psycopg.OperationalError):
+    """The server did not answer in time."""
+
+
+def _until(deadline: float, exchange: Any) -> Generator[Any, Any, Any]:
+    """Go through an exchange with the server, as psycopg's own generators do, but not beyond *deadline*."""
+    awaited = next(exchange)
+    while True:
+        ready = yield awaited
+        if not ready and monotonic() >= deadline:
+            raise NoAnswer("the server did not answer in time")
+        try:
+            awaited = exchange.send(ready)
+        except StopIteration as ended:
+            return ended.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +396,7 @@ def _error_of(attempt: _Attempt, target: Target) -> ConnectError:
     if attempt.timed_out:
         text = f"no answer within connect_timeout={target.timeout} s"
     kind, remedy = ConnectError, "see the driver's message"
+    facts: dict[str, Any] = {}
     if attempt.sqlstate is not None:
         kind, remedy = _ERROR_OF.get(attempt.sqlstate, (kind, remedy))
     elif wants_password:
@@ -345,11 +405,15 @@ def _error_of(attempt: _Attempt, target: Target) -> ConnectError:
         kind, remedy = AuthenticationError, "the server refused the password: check username and password"
     elif attempt.timed_out or not attempt.reached:
         kind, remedy = ServerUnavailableError, "check host and port, and that the server runs"
+        facts["reason"] = "timeout" if attempt.timed_out else "refused"
+    if kind is ServerUnavailableError:
+        facts.setdefault("reason", "starting")
     return kind(
         f"cannot connect to {home}: {text} ({remedy})",
         database=target.database,
         sqlstate=attempt.sqlstate,
         orig=psycopg.OperationalError(text),
+        **facts,
     )
 
 

@@ -26,6 +26,7 @@ from .database import Database
 from .driver import Target, connect
 from .entries import Kind
 from .errors import ServerUnavailableError
+from .housekeeper import Housekeeper
 from .ledger import Ledger
 from .pool import Books, LedgerPool, close, perform
 from .stats import Stats
@@ -74,6 +75,7 @@ class SharedDialect(PGDialect_psycopg):
             raise ServerUnavailableError(
                 f"{target.database.server} went from version {self.server_version} to {version} while it was in "
                 "use: try again, the next call starts anew with it",
+                reason="replaced",
                 database=target.database,
             )
         return connection
@@ -103,14 +105,16 @@ class ConnectionCache:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.ledger: Books = Ledger(config.pool_size, config.bounds, MAX_CONNECTING)
+        self.ledger: Books = Ledger(config.pool_size, config.bounds, config.ages, MAX_CONNECTING)
+        self.housekeeper = Housekeeper(self.ledger, self.config.warn_after)
         self._start_empty()
         weakref.finalize(self, _close_idle, self.ledger)
         _caches.add(self)
 
     def _start_empty(self) -> None:
-        # Guards the three mappings below; no I/O happens under it.
-        self._lock = threading.Lock()
+        # Guards the three mappings below; no I/O happens under it. Reentrant because the collector may run a
+        # finaliser under it that uses a verb.
+        self._lock = threading.RLock()
         self._recent: OrderedDict[object, Engine] = OrderedDict()
         # An engine that somebody holds, or that has a connection, is found here after it left the LRU.
         self._alive: weakref.WeakValueDictionary[object, Engine] = weakref.WeakValueDictionary()
@@ -151,7 +155,7 @@ class ConnectionCache:
 
     def stats(self) -> Stats:
         """A snapshot of the books, after taking over what finalisers have reclaimed."""
-        perform(self.ledger, self.ledger.collect())
+        perform(self.ledger, self.ledger.sweep())
         return self.ledger.stats()
 
     def after_fork(self) -> None:
@@ -172,7 +176,8 @@ class ConnectionCache:
             ledger=self.ledger,
             database=database,
             kind=kind,
-            checkout_timeout=self.config.checkout_timeout,
+            settings=self.config,
+            attend=self.housekeeper.attend,
             query_cache_size=0,
             **self.config.engine_options,
         )

@@ -6,13 +6,22 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Generic, Literal, Protocol, TypeAlias, TypeVar
+
+from .breaker import Outage
 
 K = TypeVar("K", bound=Hashable)
 C = TypeVar("C")
 
 # A hard bound, by name, and what it is over: a key, a server, or None for everything.
 Scope: TypeAlias = tuple[str, Hashable]
+
+# Why a connection is closed. The first three are evictions: an idle one has to make room for another.
+Reason: TypeAlias = Literal[
+    "target", "bound", "server full", "idle_timeout", "max_lifetime", "broken", "sibling", "reclaimed", "disconnected",
+    "transient",
+]  # fmt: skip
+EVICTIONS: Final[frozenset[Reason]] = frozenset({"target", "bound", "server full"})
 
 
 class Kind(Enum):
@@ -44,15 +53,44 @@ class Turn(Protocol):
     def set(self) -> object: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Ages:
+    """How old connections may grow, in seconds.
+
+    Attributes:
+        idle_timeout: An idle one is closed.
+        max_lifetime: Any is closed, once it is idle or returned; each up to a tenth earlier, so that those opened
+            together do not all go at once.
+        check_after: An idle one is tested before it is used.
+    """
+
+    idle_timeout: float = math.inf
+    max_lifetime: float = math.inf
+    check_after: float = math.inf
+
+
+AGELESS: Final = Ages()
+
+
 class Entry(Generic[K, C]):
     """One connection in the books, from the permit to connect until it is closed.
 
     `acquire` grants one in either of two states. IN_USE: a cached connection, the caller's until `release`.
     CONNECTING: a permit to open one, which ends in `opened` or `failed`. In both, *close* holds what the
     caller has to close first.
+
+    Attributes:
+        since: When it came into its present state.
+        expires: When it is too old.
+        suspect: Whether it may be dead: it is to be tested before use.
+        probes: The outage that this connect tries to end, if it is its probe.
+        reason: Why it is closed, once it is.
     """
 
-    __slots__ = ("borrower", "close", "connection", "key", "kind", "places", "retired", "server", "state")
+    __slots__ = (
+        *("borrower", "close", "connection", "expires", "key", "kind", "places", "probes", "reason", "retired"),
+        *("server", "since", "state", "suspect"),
+    )
 
     def __init__(self, key: K, kind: Kind, server: Hashable, places: Sequence[Scope]) -> None:
         self.key = key
@@ -63,7 +101,11 @@ class Entry(Generic[K, C]):
         self.borrower: Hashable = None
         self.state = State.CONNECTING
         self.connection: C | None = None
-        self.retired = False
+        self.since = 0.0
+        self.expires = math.inf
+        self.retired = self.suspect = False
+        self.probes: Outage | None = None
+        self.reason: Reason | None = None
         self.close: Sequence[Entry[K, C]] = ()
 
     def __repr__(self) -> str:
@@ -77,8 +119,8 @@ class Wait(Generic[K, C]):
     *scopes* are the bounded ones in which the connection would take a place. Ends in that grant or in `give_up`.
     *close* holds what is to be closed meanwhile. Once it is not *patient* any more, it waits for no turn to
     connect. If it would wait for ever, because all that could make room is held by borrowers who wait
-    themselves, it is not in the queue and *held* is what its own borrower holds. When it ends without a grant,
-    *bounds* are those that left no room.
+    themselves, it is not in the queue and *held* is what its own borrower holds. It ends with an *outage* when
+    nobody may connect to its server. When it ends without a grant, *bounds* are those that left no room.
     """
 
     key: K
@@ -90,9 +132,15 @@ class Wait(Generic[K, C]):
     held: Sequence[Entry[K, C]] = ()
     bounds: Mapping[str, int] = field(default_factory=dict)
     grant: Entry[K, C] | None = None
+    outage: Outage | None = None
     patient: bool = True
     overtaken_at: float = math.inf
     turn: Turn = field(init=False, repr=False)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has left the queue."""
+        return self.grant is not None or self.outage is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.orm.exc import StaleDataError
 
 if TYPE_CHECKING:
     from .database import Database
+
+Unavailable: TypeAlias = Literal["refused", "timeout", "starting", "replaced", "down"]
 
 
 class ShardRepoError(Exception):
@@ -89,7 +91,20 @@ class AuthenticationError(ConnectError):
 
 
 class ServerUnavailableError(ConnectError):
-    """The server refused the connection, did not answer in time, or is starting up."""
+    """The server refused the connection, did not answer in time, or is starting up; or it is known to be down.
+
+    Attributes:
+        reason: Which of these it is: "refused", "timeout", "starting", "replaced" (another version has taken its
+            place) or "down" (it failed others a moment ago, and nothing was sent to it).
+        retry_after: Seconds until the next connect tries it, when it is "down".
+    """
+
+    def __init__(
+        self, message: str, *, reason: Unavailable = "refused", retry_after: float = 0.0, **facts: Any
+    ) -> None:
+        super().__init__(message, **facts)
+        self.reason = reason
+        self.retry_after = retry_after
 
 
 class ServerFullError(ConnectError):

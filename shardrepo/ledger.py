@@ -7,7 +7,7 @@ whatever the caller says it is; a key is all that makes two of them interchangea
     acquire ─┬─ in use (was idle) ────────────────┬─ release ──┬─ idle
              ├─ connecting (a permit) ─┬─ opened ─┤            └─ closing ── closed
              │                         └─ failed  └─ reclaimed (by a finaliser) ── closing ── closed
-             └─ Wait ── one of the two above, or give_up; or hopeless from the start
+             └─ Wait ── one of the two above, or give_up; or hopeless, or the server down
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from itertools import islice
+from random import random
 from time import monotonic
 from typing import Final, Generic
 
-from .entries import NOTHING, C, Entry, K, Kind, State, Step, Turn, Wait
+from .breaker import Breaker, Verdict
+from .entries import AGELESS, NOTHING, Ages, C, Entry, K, Kind, Reason, State, Step, Turn, Wait
 from .places import UNBOUNDED, Bounds, Places
 from .stats import Stats
 
@@ -33,24 +35,30 @@ class Ledger(Generic[K, C]):
     Args:
         pool_size: The target, for all keys together. Above it nothing idle is kept; it bounds nobody.
         bounds: The hard bounds, for which callers wait.
+        ages: How old connections may grow.
         max_connecting: How many connect to one server at a time while they are patient; None for no bound.
         borrower: Tells who is asking, so that a cycle of waiters is seen.
         clock: Seconds that only go forward.
+        jitter: What part of the tenth of its lifetime that may be missing a connection misses: from 0 to 1.
     """
 
     def __init__(
         self,
         pool_size: int,
         bounds: Bounds = UNBOUNDED,
+        ages: Ages = AGELESS,
         max_connecting: int | None = None,
-        borrower: Callable[[], Hashable] = threading.get_ident,
+        borrower: Callable[[], Hashable] = threading.current_thread,
         clock: Callable[[], float] = monotonic,
+        jitter: Callable[[], float] = random,
     ) -> None:
         self.pool_size: Final = pool_size
         self.bounds: Final = bounds
+        self.ages: Final = ages
         self.max_connecting: Final = max_connecting
         self._borrower = borrower
         self._clock = clock
+        self._jitter = jitter
         # Lost connections arrive from finalisers, which the collector may run inside the locked section:
         # they append here, which needs no lock, and the next step takes them over.
         self._lost: deque[Entry[K, C]] = deque()
@@ -72,8 +80,11 @@ class Ledger(Generic[K, C]):
         self.disposed = False
         # Those that count towards the target: idle, in use or connecting, and not transient.
         self._kept = 0
+        # Since when there are more of them than the target, all of them busy.
+        self._over_since: float | None = None
         self._closing = self._transient = 0
         self._places = Places(self.bounds)
+        self._breaker = Breaker(self._clock)
         self._attempts = self._failed = self._closed = 0
         self._hits = self._evictions = self._reclaimed = 0
 
@@ -90,8 +101,8 @@ class Ledger(Generic[K, C]):
         with the connections that must be closed first to stay within the target: closing them is the
         caller's job, after the lock is gone. When a hard bound leaves no room, or enough others are
         connecting to *server*, a place in the queue, with a *turn* that is set, outside the lock and from
-        any thread, when it has been granted; or, if it never could be, a `Wait` that says what the caller
-        *held*.
+        any thread, when it has been granted. If it never could be, a `Wait` that says what the caller *held*;
+        when nobody may connect to *server* because it is down, one with that *outage*.
 
         Raises:
             RuntimeError: The collector runs a finaliser inside a step of this ledger, and that asks for a
@@ -110,6 +121,8 @@ class Ledger(Generic[K, C]):
             if grant is not None:
                 grant.close = [*lost, *grant.close]
                 return grant
+            if wait.outage is not None:
+                return wait
             wait.held = self._held_in_a_cycle(wait)
             if wait.held:
                 wait.bounds = self._bounds_of(wait)
@@ -121,17 +134,20 @@ class Ledger(Generic[K, C]):
     def opened(self, entry: Entry[K, C], connection: C) -> Step[K, C]:
         """A permit's connect succeeded; *connection* is in use by its caller."""
         with self._lock:
-            self._end_connect(entry)
+            self._end_connect(entry, Verdict.ANSWERED)
+            now = self._clock()
             entry.connection = connection
             entry.state = State.IN_USE
+            entry.since = now
+            entry.expires = now + self.ages.max_lifetime * (1 - self._jitter() / 10)
             entry.retired = entry.retired or self.disposed
             self._in_use.add(entry)
             return self._settle(())
 
-    def failed(self, entry: Entry[K, C]) -> Step[K, C]:
-        """A permit came to nothing: its connect failed or was never begun."""
+    def failed(self, entry: Entry[K, C], verdict: Verdict = Verdict.UNKNOWN, cause: str = "") -> Step[K, C]:
+        """A permit came to nothing: its connect failed, which says *verdict* about the server, or was never begun."""
         with self._lock:
-            self._end_connect(entry)
+            self._end_connect(entry, verdict, cause)
             self._failed += 1
             self._count(entry.kind, -1)
             self._forget(entry)
@@ -140,8 +156,8 @@ class Ledger(Generic[K, C]):
     def release(self, entry: Entry[K, C], reusable: bool = True) -> Step[K, C]:
         """A borrower returns its connection, the newest of the idle ones from now on.
 
-        It is to be closed instead when it is not *reusable*, was transient, was retired meanwhile, or
-        is one too many; and when a finaliser returns it, see `reclaimed`. What these books do not have in
+        It is to be closed instead when it is not *reusable*, was transient, was retired meanwhile, is too old,
+        or is one too many; and when a finaliser returns it, see `reclaimed`. What these books do not have in
         use changes nothing: a forked child returns what its parent has borrowed.
         """
         if self._in_step():
@@ -152,9 +168,11 @@ class Ledger(Generic[K, C]):
                 self._in_use.remove(entry)
             except KeyError:
                 return NOTHING
-            if not reusable or entry.retired or entry.kind is _TRANSIENT:
-                return self._settle((self._retire(entry),))
+            now = self._clock()
+            if not reusable or entry.retired or entry.kind is _TRANSIENT or entry.expires <= now:
+                return self._settle((self._retire(entry, _why(entry, reusable=reusable)),))
             entry.state = _IDLE
+            entry.since = now
             self._idle[entry] = None
             siblings = self._idle_of.get(entry.key)
             if siblings is None:
@@ -186,16 +204,16 @@ class Ledger(Generic[K, C]):
         """Wait no longer for a turn to connect, only for a hard bound. Returns the grant if there is one now."""
         with self._lock:
             wait.patient = False
-            if wait.grant is None:
+            if not wait.is_over:
                 wait.grant = self._grant(wait)
-                if wait.grant is not None:
+                if wait.is_over:
                     self._waiting.remove(wait)
             return wait.grant
 
     def give_up(self, wait: Wait[K, C]) -> Entry[K, C] | None:
         """Leave the queue. Returns the grant if it came first: the caller must then use or end it."""
         with self._lock:
-            if wait.grant is None:
+            if not wait.is_over:
                 self._waiting.remove(wait)
                 wait.bounds = self._bounds_of(wait)
             return wait.grant
@@ -207,18 +225,54 @@ class Ledger(Generic[K, C]):
             idle = list(self._idle if key is None else self._idle_of.get(key, ()))
             for entry in (*self._in_use, *self._connecting):
                 entry.retired = entry.retired or key is None or entry.key == key
-            return self._settle([self._take(entry) for entry in idle])
+            return self._settle([self._take(entry, "disconnected") for entry in idle])
+
+    def found_dead(self, entry: Entry[K, C]) -> Step[K, C]:
+        """A connection turned out to be dead: close the idle ones of its key, and doubt all others of its server.
+
+        It is itself to be released as not reusable. Nothing happens when a finaliser calls this inside a step.
+        """
+        if self._in_step():
+            return NOTHING
+        with self._lock:
+            self._doubt(entry.server)
+            siblings = list(self._idle_of.get(entry.key, ()))
+            return self._settle([self._take(sibling, "sibling") for sibling in siblings])
+
+    def doubt(self, server: Hashable) -> None:
+        """Have every connection to *server* tested before it is lent again."""
+        with self._lock:
+            self._doubt(server)
+
+    def evict(self, server: Hashable) -> Step[K, C]:
+        """Give up the idle connection to *server* that was returned longest ago, if there is one."""
+        with self._lock:
+            victim = next((entry for entry in self._idle if entry.server == server), None)
+            if victim is None:
+                return self._settle(())
+            self._evictions += 1
+            return self._settle([self._take(victim, "server full")])
+
+    def sweep(self) -> Step[K, C]:
+        """Close what has been idle for too long or is too old, and take over what finalisers have reclaimed."""
+        with self._lock:
+            now = self._clock()
+            unused = [entry for entry in self._idle if now - entry.since >= self.ages.idle_timeout]
+            old = [entry for entry in self._idle if entry.expires <= now and entry not in unused]
+            close = [self._take(entry, "idle_timeout") for entry in unused]
+            return self._settle([*close, *(self._take(entry, "max_lifetime") for entry in old)])
+
+    def loans(self) -> list[tuple[Entry[K, C], float]]:
+        """What is in use, and for how many seconds already, the longest first."""
+        with self._lock:
+            now = self._clock()
+            return sorted(((entry, now - entry.since) for entry in self._in_use), key=lambda loan: -loan[1])
 
     def dispose(self) -> Step[K, C]:
         """`discard` everything, and keep nothing that is returned or opened from now on."""
         with self._lock:
             self.disposed = True
         return self.discard()
-
-    def collect(self) -> Step[K, C]:
-        """Take over what finalisers have reclaimed since the last step."""
-        with self._lock:
-            return self._settle(())
 
     def abandon(self) -> list[C]:
         """Start empty, as a forked child must; returns the parent's connections, not to be touched."""
@@ -238,6 +292,7 @@ class Ledger(Generic[K, C]):
                 closing=self._closing,
                 waiting=len(self._waiting),
                 transient=self._transient,
+                over_target=0.0 if self._over_since is None else self._clock() - self._over_since,
                 attempts=self._attempts,
                 failed=self._failed,
                 closed=self._closed,
@@ -261,6 +316,10 @@ class Ledger(Generic[K, C]):
         if not idle:
             del self._idle_of[entry.key]
         del self._idle[entry]
+        now = self._clock()
+        if now - entry.since > self.ages.check_after:
+            entry.suspect = True
+        entry.since = now
         entry.kind = kind
         entry.state = _IN_USE
         entry.borrower = borrower
@@ -270,41 +329,46 @@ class Ledger(Generic[K, C]):
         return entry
 
     def _permit(self, wait: Wait[K, C]) -> Entry[K, C] | None:
-        """Let *wait* open a connection, unless it has to wait for its turn or a bound leaves no room."""
+        """Let *wait* open a connection, unless its server is down, its turn has not come or a bound leaves no room."""
+        wait.outage = self._breaker.outage(wait.server)
+        if wait.outage is not None:
+            return None
         if wait.patient and self._connecting_to[wait.server] >= (self.max_connecting or math.inf):
             return None
-        victims = self._victims(wait)
-        if victims is None:
+        chosen = self._victims(wait)
+        if chosen is None:
             return None
+        victims = [self._take(victim, reason) for victim, reason in chosen]
         entry: Entry[K, C] = Entry(wait.key, wait.kind, wait.server, wait.scopes)
         entry.borrower = wait.borrower
+        entry.since = self._clock()
         entry.close = victims
+        entry.probes = self._breaker.begin(wait.server)
         self._attempts += 1
         self._connecting.add(entry)
         self._connecting_to[entry.server] += 1
         self._count(entry.kind, 1)
         self._evictions += len(victims)
-        for victim in victims:
-            self._take(victim)
         self._places.take(entry)
         return entry
 
-    def _victims(self, wait: Wait[K, C]) -> list[Entry[K, C]] | None:
+    def _victims(self, wait: Wait[K, C]) -> list[tuple[Entry[K, C], Reason]] | None:
         """What has to be closed before a connection for *wait* may be opened; None if that does not make room."""
-        victims: list[Entry[K, C]] = []
+        victims: dict[Entry[K, C], Reason] = {}
         for scope in self._places.full(wait.scopes):
             if not any(scope in victim.places for victim in victims):
                 victim = next((entry for entry in self._idle if scope in entry.places), None)
                 if victim is None:
                     return None
-                victims.append(victim)
+                victims[victim] = "bound"
         surplus = 0 if wait.kind is _TRANSIENT else self._kept + 1 - len(victims) - self.pool_size
         if surplus > 0:
             others = (entry for entry in self._idle if entry not in victims)
-            victims += islice(others, surplus)
-        return victims
+            victims |= dict.fromkeys(islice(others, surplus), "target")
+        return list(victims.items())
 
-    def _end_connect(self, entry: Entry[K, C]) -> None:
+    def _end_connect(self, entry: Entry[K, C], verdict: Verdict, cause: str = "") -> None:
+        self._breaker.end(entry.server, verdict, entry.probes, cause)
         self._connecting.remove(entry)
         self._connecting_to[entry.server] -= 1
         if not self._connecting_to[entry.server]:
@@ -316,17 +380,17 @@ class Ledger(Generic[K, C]):
             close = [*close, *self._take_over_lost()]
         wake = self._serve() if self._waiting else ()
         if self._idle and self._kept > self.pool_size:
-            close = [*close, self._take(next(iter(self._idle)))]
+            close = [*close, self._take(next(iter(self._idle)), "target")]
         return Step(close, wake) if close or wake else NOTHING
 
     def _serve(self) -> list[Wait[K, C]]:
-        """Grant what can be granted, oldest first, and take those who were served out of the queue."""
+        """Grant what can be granted, oldest first, and take those whose wait is over out of the queue."""
         for wait in self._waiting:
             wait.grant = wait.grant or self._grant(wait)
-        served = [wait for wait in self._waiting if wait.grant is not None]
-        if served:
-            self._waiting = [wait for wait in self._waiting if wait.grant is None]
-        return served
+        over = [wait for wait in self._waiting if wait.is_over]
+        if over:
+            self._waiting = [wait for wait in self._waiting if not wait.is_over]
+        return over
 
     def _pass_on(self, entry: Entry[K, C]) -> None:
         """Lend what has just come back to the oldest who waits for its key, also past those who need its place.
@@ -372,20 +436,26 @@ class Ledger(Generic[K, C]):
             if entry in self._in_use:
                 self._in_use.remove(entry)
                 self._reclaimed += 1
-                close.append(self._retire(entry))
+                close.append(self._retire(entry, "reclaimed"))
         return close
 
-    def _take(self, entry: Entry[K, C]) -> Entry[K, C]:
+    def _doubt(self, server: Hashable) -> None:
+        for entry in (*self._idle, *self._in_use):
+            if entry.server == server:
+                entry.suspect = True
+
+    def _take(self, entry: Entry[K, C], reason: Reason) -> Entry[K, C]:
         """Take an idle entry out, to be closed."""
         del self._idle[entry]
         siblings = self._idle_of[entry.key]
         siblings.remove(entry)
         if not siblings:
             del self._idle_of[entry.key]
-        return self._retire(entry)
+        return self._retire(entry, reason)
 
-    def _retire(self, entry: Entry[K, C]) -> Entry[K, C]:
+    def _retire(self, entry: Entry[K, C], reason: Reason) -> Entry[K, C]:
         entry.state = State.CLOSING
+        entry.reason = reason
         self._closing += 1
         self._count(entry.kind, -1)
         return entry
@@ -395,8 +465,21 @@ class Ledger(Generic[K, C]):
             self._transient += change
         else:
             self._kept += change
+            if self._kept <= self.pool_size:
+                self._over_since = None
+            elif self._over_since is None:
+                self._over_since = self._clock()
 
     def _forget(self, entry: Entry[K, C]) -> None:
         self._places.leave(entry)
         entry.state = State.GONE
         entry.connection = None
+
+
+def _why(entry: Entry[K, C], *, reusable: bool) -> Reason:
+    """Why a connection that was returned is closed."""
+    if not reusable:
+        return "broken"
+    if entry.retired:
+        return "disconnected"
+    return "transient" if entry.kind is _TRANSIENT else "max_lifetime"

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.pool.base import _ConnectionRecord
 
+from .breaker import Outage, Verdict
+from .callsite import CallSite
+from .config import Config
 from .database import Database
 from .entries import NOTHING, Entry, Kind, State, Step, Wait
-from .errors import CheckoutTimeoutError, RepoDisposedError
+from .errors import CheckoutTimeoutError, ConnectError, RepoDisposedError, ServerFullError, ServerUnavailableError
 from .ledger import Ledger
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
 Books: TypeAlias = "Ledger[object, CachedConnection]"
 
-logger: Final = logging.getLogger("shardrepo")
+logger: Final = logging.getLogger("shardrepo.pool")
 
 # Seconds that a caller lets others connect first: some ten connects over a fast network (decision 9).
 PATIENCE: Final = 0.1
@@ -40,10 +43,19 @@ _ABORTED: Final = 3
 _IN_TRANSACTION: Final = (2, _ABORTED)
 
 
-class CachedConnection(_ConnectionRecord):
-    """One connection of the cache, as SQLAlchemy's pools see it."""
+# How many of those who hold a connection longest a timeout names.
+_NAMED: Final = 3
 
-    __slots__ = ("entry", "ledger", "pool", "vouched")
+
+class CachedConnection(_ConnectionRecord):
+    """One connection of the cache, as SQLAlchemy's pools see it.
+
+    Attributes:
+        taken: Where its borrower took it, if that is watched.
+        warned: Whether that borrower was warned of.
+    """
+
+    __slots__ = ("entry", "ledger", "pool", "taken", "vouched", "warned")
 
     dbapi_connection: DriverConnection | None  # type: ignore[assignment]  # no other driver comes here
 
@@ -51,8 +63,13 @@ class CachedConnection(_ConnectionRecord):
         self.entry = entry
         self.pool = pool
         self.ledger = pool.ledger
-        self.vouched = False
+        self.vouched = self.warned = False
+        self.taken: CallSite | None = None
         super().__init__(pool)
+
+    def get_connection(self) -> Any:
+        # SQLAlchemy's own also compares times of the wall clock, and connects anew past the ledger.
+        return self.dbapi_connection or super().get_connection()
 
     def checkin(self, _fairy_was_created: bool = True) -> None:
         fairy = self.fairy_ref
@@ -60,6 +77,9 @@ class CachedConnection(_ConnectionRecord):
             # A finaliser runs this, perhaps inside the ledger's locked section: do no I/O, take no lock.
             self.fairy_ref = None
             self.finalize_callback.clear()
+            if self.dbapi_connection is not None:
+                # What holds it may still be finalised, and would use it while another thread closes it.
+                self.dbapi_connection.lose()
             self.ledger.reclaimed(self.entry)
         elif fairy is None or self.finalize_callback or self.pool.dispatch.checkin:
             _ConnectionRecord.checkin(self, _fairy_was_created)
@@ -72,6 +92,7 @@ class CachedConnection(_ConnectionRecord):
         """Return to the cache, or be closed if that cannot be."""
         connection = self.dbapi_connection
         reusable = False
+        self.taken = None
         try:
             if connection is not None:
                 at_rest = not connection.used and connection.pgconn.transaction_status == _IDLE
@@ -97,7 +118,11 @@ class CachedConnection(_ConnectionRecord):
             connection.rest()
             self.vouched = False
         except Exception:
-            logger.debug("a connection could not be reset and is closed", exc_info=True)
+            logger.debug(
+                "a connection could not be reset and is closed", exc_info=True, extra=self.pool.database.labels
+            )
+            if connection.broken:
+                perform(self.ledger, self.ledger.found_dead(self.entry))
             return False
         return bool(connection.pgconn.transaction_status == _IDLE)
 
@@ -108,8 +133,9 @@ class LedgerPool(Pool):
     Args:
         ledger: The books that decide.
         database: The database that this pool connects to.
+        settings: The repo's; those about time are used here.
+        attend: Called when a connection was opened.
         kind: What its connections are borrowed for.
-        checkout_timeout: Seconds that a caller waits for a hard bound.
     """
 
     def __init__(
@@ -117,8 +143,9 @@ class LedgerPool(Pool):
         creator: Any,
         ledger: Books,
         database: Database,
+        settings: Config,
+        attend: Callable[[], None],
         kind: Kind = Kind.KEPT,
-        checkout_timeout: float = 30.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(creator, reset_on_return=None, **kwargs)
@@ -126,23 +153,40 @@ class LedgerPool(Pool):
         self.database = database
         self._key = database.key
         self._server = database.server
+        self.settings = settings
+        self._attend = attend
         self.kind = kind
-        self.checkout_timeout = checkout_timeout
+        self._watches = settings.warn_after is not None
         # Set by the cache: an engine lives as long as one of its connections does.
         self.engine: Engine | None = None
 
     def _do_get(self) -> ConnectionPoolEntry:
         grant = self.ledger.acquire(self._key, self.kind, self._server)
         if isinstance(grant, Wait):
-            grant = self._await(grant) if not grant.held else self._refuse(grant)
-        if grant.connection is not None and not grant.close:
-            return grant.connection
-        try:
-            self._close(grant)
-            return grant.connection or self._open(grant)
-        except BaseException:
+            grant = self._await(grant)
+        record = grant.connection
+        if record is None or grant.close or grant.suspect:
+            record = self._prepare(grant)
+        if self._watches:
+            record.taken, record.warned = CallSite(), False
+        return record
+
+    def _prepare(self, grant: Entry[object, CachedConnection]) -> CachedConnection:
+        """Do what a grant asks for: close what has to go first, then connect, or test what may be dead."""
+        while True:
+            try:
+                self._close(grant)
+                if grant.connection is None:
+                    return self._open(grant)
+                if not grant.suspect or self._is_alive(grant):
+                    return grant.connection
+            except BaseException as error:
+                self._end(grant, error)
+                raise
+            perform(self.ledger, self.ledger.found_dead(grant))
             self._end(grant)
-            raise
+            again = self.ledger.acquire(self._key, self.kind, self._server)
+            grant = self._await(again) if isinstance(again, Wait) else again
 
     def _do_return_conn(self, record: CachedConnection) -> None:  # type: ignore[override]  # what _do_get gave
         record.give_back()
@@ -150,11 +194,52 @@ class LedgerPool(Pool):
     def _open(self, entry: Entry[object, CachedConnection]) -> CachedConnection:
         if self.ledger.disposed:
             raise self._disposed()
-        record = CachedConnection(self, entry)
+        try:
+            record = CachedConnection(self, entry)
+        except ServerFullError:
+            if not self._make_room():
+                raise
+            record = CachedConnection(self, entry)
         if record.dbapi_connection is not None:
             record.dbapi_connection.settle()
         perform(self.ledger, self.ledger.opened(entry, record))
+        self._attend()
         return record
+
+    def _make_room(self) -> bool:
+        """Close one idle connection to a server that is full; False if there is none."""
+        step = self.ledger.evict(self._server)
+        victims = [entry.connection for entry in step.close if entry.reason == "server full"]
+        with ExitStack() as stack:
+            for record in victims:
+                if record is not None and record.dbapi_connection is not None:
+                    stack.enter_context(record.dbapi_connection.departure())
+            perform(self.ledger, step)
+        return bool(victims)
+
+    def _is_alive(self, entry: Entry[object, CachedConnection]) -> bool:
+        """Test a connection. Raises when its server leaves the question open for as long as a connect may take."""
+        from .driver import NoAnswer
+
+        connection = entry.connection.dbapi_connection if entry.connection is not None else None
+        try:
+            if connection is None:
+                return False
+            connection.test(self.settings.connect_timeout)
+        except NoAnswer as error:
+            self.ledger.doubt(self._server)
+            raise ServerUnavailableError(
+                f"no sign of life on a connection to {self.database.home} within "
+                f"connect_timeout={self.settings.connect_timeout} s; it was closed (check that the server runs)",
+                reason="timeout",
+                database=self.database,
+                orig=error,
+            ) from error
+        except Exception:
+            logger.debug("a connection was found dead", exc_info=True, extra=self.database.labels)
+            return False
+        entry.suspect = False
+        return True
 
     def _disposed(self) -> RepoDisposedError:
         return RepoDisposedError(f"cannot connect to {self.database.home}: this repo was disposed; define a new one")
@@ -163,42 +248,58 @@ class LedgerPool(Pool):
         doomed, grant.close = grant.close, ()
         close(self.ledger, doomed)
 
-    def _end(self, entry: Entry[object, CachedConnection]) -> None:
+    def _end(self, entry: Entry[object, CachedConnection], error: BaseException | None = None) -> None:
         """Give a grant back that nobody will use, and close what it asked to have closed."""
         self._close(entry)
         if entry.state is State.CONNECTING:
-            perform(self.ledger, self.ledger.failed(entry))
+            perform(self.ledger, self.ledger.failed(entry, _verdict(error), str(error)))
         elif entry.state is State.IN_USE:
             perform(self.ledger, self.ledger.release(entry, reusable=False))
 
     def _await(self, wait: Wait[object, CachedConnection]) -> Entry[object, CachedConnection]:
+        """Wait for what could not be granted at once, or raise why it never will be."""
         begun = monotonic()
         try:
             close(self.ledger, wait.close)
+            if wait.outage is not None:
+                raise self._down(wait.outage)
+            if wait.held:
+                raise self._hopeless(wait)
             assert isinstance(wait.turn, threading.Event)
-            patience = min(PATIENCE, self.checkout_timeout)
-            if not wait.turn.wait(patience) and self.ledger.insist(wait) is None:
-                wait.turn.wait(self.checkout_timeout - patience)
+            timeout = self.settings.checkout_timeout
+            patience = min(PATIENCE, timeout)
+            if not wait.turn.wait(patience) and self.ledger.insist(wait) is None and not wait.is_over:
+                wait.turn.wait(timeout - patience)
         except BaseException:
-            if (granted := self.ledger.give_up(wait)) is not None:
+            if not wait.held and (granted := self.ledger.give_up(wait)) is not None:
                 self._end(granted)
             raise
         if (granted := self.ledger.give_up(wait)) is not None:
             return granted
+        if wait.outage is not None:
+            raise self._down(wait.outage)
+        raise self._timed_out(wait, monotonic() - begun)
+
+    def _timed_out(self, wait: Wait[object, CachedConnection], seconds: float) -> CheckoutTimeoutError:
         stats = self.ledger.stats()
-        raise CheckoutTimeoutError(
-            f"no connection to {self.database.home} within {monotonic() - begun:.1f} s: {_listed(wait.bounds)} left no "
-            f"room; {stats.in_use} in use, {stats.connecting} connecting, {stats.waiting} waiting. Hold connections "
-            f"for less time, raise {' or '.join(wait.bounds)}, or give a longer checkout_timeout",
+        loans = [
+            f"{entry.connection.pool.database.home} for {held:.1f} s by {holder(entry)}"
+            for entry, held in self.ledger.loans()[:_NAMED]
+            if entry.connection is not None
+        ]
+        held_longest = f" Held longest: {'; '.join(loans)}." if loans else ""
+        return CheckoutTimeoutError(
+            f"no connection to {self.database.home} within {seconds:.1f} s: {_listed(wait.bounds)} left no "
+            f"room; {stats.in_use} in use, {stats.connecting} connecting, {stats.waiting} waiting.{held_longest} Hold "
+            f"connections for less time, raise {' or '.join(wait.bounds)}, or give a longer checkout_timeout",
             database=self.database,
             bounds=wait.bounds,
         )
 
-    def _refuse(self, wait: Wait[object, CachedConnection]) -> NoReturn:
-        """Raise at once: the caller waits, directly or through others, for what it holds itself."""
-        close(self.ledger, wait.close)
+    def _hopeless(self, wait: Wait[object, CachedConnection]) -> CheckoutTimeoutError:
+        """The caller waits, directly or through others, for what it holds itself."""
         held = [entry.connection.pool.database.home for entry in wait.held if entry.connection is not None]
-        raise CheckoutTimeoutError(
+        return CheckoutTimeoutError(
             f"no connection to {self.database.home}, ever: {_listed(wait.bounds)} leaves no room, and all that could "
             f"make some is held by callers who wait for one themselves; this one holds {', '.join(held)}. End that "
             f"block first, or raise {' or '.join(wait.bounds)}",
@@ -207,24 +308,64 @@ class LedgerPool(Pool):
             held=held,
         )
 
+    def _down(self, outage: Outage) -> ServerUnavailableError:
+        left = max(0.0, outage.retry_at - monotonic())
+        return ServerUnavailableError(
+            f"cannot connect to {self.database.home}: {self._server} is down, and nobody but a probe tries it again "
+            f"within {left:.1f} s; the last one got: {outage.cause}",
+            reason="down",
+            retry_after=left,
+            database=self.database,
+        )
+
     def recreate(self) -> LedgerPool:
         return LedgerPool(
             self._creator,
             self.ledger,
             self.database,
+            self.settings,
+            self._attend,
             self.kind,
-            self.checkout_timeout,
             echo=self.echo,
             logging_name=self._orig_logging_name,
             dialect=self._dialect,
             _dispatch=self.dispatch,
         )
 
+    def _invalidate(self, connection: Any, exception: BaseException | None = None, _checkin: bool = True) -> None:
+        # SQLAlchemy's own would mark every older connection of this database, by the wall clock.
+        from .driver import NoAnswer
+
+        record = connection._connection_record
+        if isinstance(exception, NoAnswer):
+            self.ledger.doubt(self._server)
+        elif isinstance(record, CachedConnection):
+            perform(self.ledger, self.ledger.found_dead(record.entry))
+        connection.invalidate(exception)
+
     def dispose(self) -> None:
         perform(self.ledger, self.ledger.discard(self.database.key))
 
     def status(self) -> str:
         return f"{self.database.home}: {self.ledger.stats()}"
+
+
+def holder(entry: Entry[object, CachedConnection]) -> str:
+    """Say who holds a connection, and where it was taken if that is known."""
+    taken = entry.connection.taken if entry.connection is not None else None
+    if taken is not None:
+        return f"{taken.thread} ({taken.line})"
+    return entry.borrower.name if isinstance(entry.borrower, threading.Thread) else "a thread"
+
+
+def _verdict(error: BaseException | None) -> Verdict:
+    """What a failed connect says about the server."""
+    if isinstance(error, ServerUnavailableError):
+        verdicts = {"refused": Verdict.REFUSED, "starting": Verdict.REFUSED, "timeout": Verdict.TIMED_OUT}
+        return verdicts.get(error.reason, Verdict.ANSWERED)
+    if isinstance(error, ConnectError) and type(error) is not ConnectError:
+        return Verdict.ANSWERED
+    return Verdict.UNKNOWN
 
 
 def _listed(bounds: Mapping[str, int]) -> str:

@@ -18,6 +18,7 @@ class Stats:
         connecting: Being opened.
         closing: Taken out of the cache and not yet closed.
         waiting: Callers that wait for a hard bound.
+        over_target: For how many seconds, up to now, more connections than the target have been busy.
         transient: Those of *in_use* and *connecting* that do not count towards the target.
         attempts: Connects begun, ever.
         failed: Those that came to nothing.
@@ -34,6 +35,7 @@ class Stats:
     closing: int
     waiting: int
     transient: int
+    over_target: float
     attempts: int
     failed: int
     closed: int

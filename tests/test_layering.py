@@ -16,11 +16,13 @@ PACKAGE = Path(shardrepo.__file__).parent
 
 # From the bottom to the top. What stands on one line does not import each other.
 LAYERS = [
-    {"errors", "stats", "entries"},
-    {"database", "places", "breaker"},
+    {"errors", "stats", "breaker", "callsite"},
+    {"entries"},
+    {"database", "places"},
     {"config", "context", "scram", "ledger"},
     {"driver"},
     {"pool"},
+    {"housekeeper"},
     {"engines", "session", "directory"},
     {"verbs"},
     {"router"},

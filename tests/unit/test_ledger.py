@@ -36,7 +36,7 @@ HISTORIES = int(os.environ.get("SHARDREPO_HISTORIES", "40"))
 
 def bounded(pool_size: int, max_connecting: int | None = None, **bounds: Any) -> Books:
     """A ledger with hard bounds, each of whose callers is another one."""
-    return Ledger(pool_size, Bounds(**bounds), max_connecting, borrower=itertools.count().__next__)
+    return Ledger(pool_size, Bounds(**bounds), max_connecting=max_connecting, borrower=itertools.count().__next__)
 
 
 def granted(ledger: Books, key: str, kind: Kind = Kind.KEPT, server: str = "server") -> Slot:
@@ -567,7 +567,7 @@ def test_a_forked_child_starts_empty() -> None:
     assert sorted(ledger.abandon()) == ["connection to a", "connection to b", "connection to c"]
     ledger.reclaimed(lost)
     assert ledger.release(in_use) is NOTHING
-    assert ledger.collect() is NOTHING
+    assert ledger.sweep() is NOTHING
     books = ledger.stats()
     assert (books.attempts, books.idle, books.in_use, books.closing, books.reclaimed) == (0, 0, 0, 0, 0)
 
@@ -776,7 +776,9 @@ class LedgerAgainstModel(RuleBasedStateMachine):
     )
     def begin(self, pool_size: int, bounds: Bounds, at_a_time: int | None, full: bool) -> None:
         self.now = self.borrower = 0
-        self.ledger: Books = Ledger(pool_size, bounds, at_a_time, lambda: self.borrower, lambda: self.now)
+        self.ledger: Books = Ledger(
+            pool_size, bounds, max_connecting=at_a_time, borrower=lambda: self.borrower, clock=lambda: self.now
+        )
         self.model = Model(pool_size, bounds, at_a_time)
         self.gone: list[Slot] = []
         for key in "abcd"[: pool_size * full]:
@@ -904,8 +906,8 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         model.settle(step, close)
 
     @rule()
-    def collect(self) -> None:
-        self.model.settle(self.ledger.collect())
+    def sweep(self) -> None:
+        self.model.settle(self.ledger.sweep())
 
     @precondition(lambda self: self.model.waiting)
     @rule(number=numbers)
@@ -997,7 +999,7 @@ class LedgerAgainstModel(RuleBasedStateMachine):
             elif self.borrowed:
                 self.release(0, reusable=False)
             else:
-                self.collect()
+                self.sweep()
             self.books_are_right()
         self.check_discard(None, self.ledger.discard())
         while model.closing:
@@ -1052,7 +1054,7 @@ WALK: list[Callable[[LedgerAgainstModel, random.Random], Any]] = [
     lambda machine, chance: machine.model.waiting and machine.insist(chance.randrange(9)),
     lambda machine, chance: machine.settle_down(chance.randrange(9)),
     lambda machine, chance: machine.discard(chance.choice("abcde")),
-    lambda machine, chance: machine.collect(),
+    lambda machine, chance: machine.sweep(),
 ]
 
 
@@ -1126,7 +1128,7 @@ STEPS: dict[str, Callable[[Books], object]] = {
     "release to be closed": lambda ledger: ledger.release(PARTS[ledger]["in use"], reusable=False),
     "closed": lambda ledger: ledger.closed(PARTS[ledger]["closing"]),
     "discard": lambda ledger: ledger.discard(),
-    "collect": lambda ledger: ledger.collect(),
+    "sweep": lambda ledger: ledger.sweep(),
     "give up": lambda ledger: ledger.give_up(served(ledger)),
     "insist": lambda ledger: ledger.insist(served(ledger)),
     "stats": lambda ledger: ledger.stats(),
@@ -1167,7 +1169,7 @@ def check_interrupted(step: str, entangle: Callable[[Books, Slot], None]) -> Non
 
         reached, result = in_time(partial(interrupted, partial(STEPS[step], ledger), line, interrupt))
         if reached:
-            ledger.collect()
+            ledger.sweep()
             returned = lost in idle_in(ledger) or lost.state in (State.CLOSING, State.GONE)
             assert returned or lost is result  # interrupted before it had begun, it may have lent what came back
             assert balanced(ledger)
@@ -1280,7 +1282,7 @@ def use(ledger: Books, entry: Slot, number: float) -> None:
     assert entry.connection == entry.key
     if number > 0.95:
         ledger.reclaimed(entry)
-        finish(ledger, ledger.collect())
+        finish(ledger, ledger.sweep())
     else:
         finish(ledger, ledger.release(entry, reusable=number < 0.9))
 
@@ -1305,7 +1307,7 @@ def eager_switches() -> Iterator[None]:
 @pytest.mark.usefixtures("eager_switches")
 def test_threads_leave_the_books_right(bound: int | None, at_a_time: int | None) -> None:
     """Eight threads at once lose no connection, leave nobody waiting and end with what is idle."""
-    ledger: Books = Ledger(4, Bounds(bound), at_a_time)
+    ledger: Books = Ledger(4, Bounds(bound), max_connecting=at_a_time)
     errors: list[BaseException] = []
     threads = [threading.Thread(target=work, args=(ledger, seed, 500, errors), daemon=True) for seed in range(8)]
     for thread in threads:
@@ -1313,7 +1315,7 @@ def test_threads_leave_the_books_right(bound: int | None, at_a_time: int | None)
     for thread in threads:
         thread.join()
     assert errors == []
-    finish(ledger, ledger.collect())
+    finish(ledger, ledger.sweep())
     books = ledger.stats()
     assert (books.in_use, books.connecting, books.closing, books.waiting, books.transient) == (0, 0, 0, 0, 0)
     assert books.idle == len(idle_in(ledger)) <= 4
