@@ -53,7 +53,7 @@ def test_it_passes_everything(server: Server, proxy: Proxy) -> None:
         assert len(connections_of(server, NAME)) == 2
         one.close()
         await_(lambda: len(connections_of(server, NAME)) == 1)
-        with pytest.raises(psycopg.errors.AdminShutdown):
+        with pytest.raises(psycopg.OperationalError, match="administrator command"):
             other.execute("SELECT pg_terminate_backend(pg_backend_pid())")
     assert proxy.accepted == 2
 
@@ -148,7 +148,7 @@ def test_the_deaf_keep_everything_open(server: Server, proxy: Proxy) -> None:
         assert len(connections_of(server, NAME)) == 1  # the one that has been closed, which the server cannot know
         assert proxy.accepted == 3
         proxy.restore()
-        with pytest.raises(psycopg.errors.AdminShutdown):
+        with pytest.raises(psycopg.OperationalError, match="administrator command"):
             answer.result(30)
         await_(lambda: connections_of(server, NAME) == [])
 
