@@ -38,6 +38,12 @@ _OWN_ENGINE_OPTIONS: Final = frozenset(
     }
 )
 
+# What a pooler loses or refuses, and what to do instead.
+_NOT_POOLED: Final = {
+    "prepare_threshold": "what was prepared stays behind on one of the pooler's connections, so nothing is; remove it",
+    "options": "PgBouncer refuses it, or is told to leave it out; use ALTER ROLE … SET or ALTER DATABASE … SET",
+}
+
 # What SQLAlchemy's own pool calls the nearest thing.
 _SQLALCHEMYS: Final = {
     "max_overflow": "max_connections",
@@ -79,6 +85,10 @@ class Config:
         warn_after: Seconds after which a connection that is still held is logged, with the stack that took it; None
             for no such warning, which would cost each checkout a few microseconds.
         require_database: Whether a verb needs a chosen database, the default being no fallback.
+        pgbouncer: Whether PgBouncer in transaction mode stands in front of the servers, where each transaction may
+            run in another session. Nothing is prepared then, and nothing reset. What your own SQL leaves in a session
+            (`SET`, `LISTEN`, an advisory lock, a temporary table) stays there for whoever is given it next, other
+            programs included: use what ends with its transaction, such as `SET LOCAL` and `pg_advisory_xact_lock`.
         application_name: How the connections name themselves to the server.
         connect_args: Further libpq parameters, and psycopg's ``prepare_threshold``.
         engine_options: Arguments for ``create_engine``, those of the pool excepted.
@@ -97,6 +107,7 @@ class Config:
     check_after: float | None = 30.0
     warn_after: float | None = None
     require_database: bool = False
+    pgbouncer: bool = False
     application_name: str = "shardrepo"
     connect_args: Mapping[str, Any] = field(default_factory=lambda: _EMPTY, repr=False)
     engine_options: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
@@ -121,7 +132,10 @@ class Config:
             values.setdefault("pool_size", min(_POOL_SIZE, values["max_connections"]))
         for inner, outer in _ENCLOSED:
             _check_order(values, inner, outer)
-        return cls(address=address, **values)
+        config = cls(address=address, **values)
+        config._check_pooled("connect_args", config.connect_args)
+        config._check_pooled("the query", dict(address.get("query", ())))
+        return config
 
     @property
     def bounds(self) -> Bounds:
@@ -140,8 +154,18 @@ class Config:
 
         Raises:
             NoDatabaseError: Nothing is chosen, and the default names no database or may not be used.
-            ConfigError: The merged options have no host.
+            ConfigError: The merged options have no host, or a parameter that pgbouncer=True rules out.
         """
+        database = self._merged(choice)
+        self._check_pooled("the query", dict(database.query))
+        return database
+
+    def _check_pooled(self, where: str, parameters: Mapping[str, Any]) -> None:
+        for name, remedy in _NOT_POOLED.items():
+            if self.pgbouncer and (value := parameters.get(name)) is not None:
+                raise ConfigError(f"pgbouncer=True contradicts {name}={value!r} in {where}: {remedy}")
+
+    def _merged(self, choice: Choice | None) -> Database:
         if choice is None and self.require_database:
             raise NoDatabaseError(
                 "no database is chosen and this repo requires one (require_database=True): "
@@ -228,10 +252,13 @@ def _checked_seconds(name: str, *, optional: bool = False) -> Callable[[object],
     return check
 
 
-def _checked_flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"require_database must be True or False, not {value!r}")
-    return value
+def _checked_flag(name: str) -> Callable[[object], bool]:
+    def check(value: object) -> bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False, not {value!r}")
+        return value
+
+    return check
 
 
 def _checked_mapping(name: str, refused: frozenset[str], remedy: str) -> Callable[[object], Mapping[str, Any]]:
@@ -257,7 +284,7 @@ _SETTINGS: Final[Mapping[str, Callable[[object], Any]]] = {
         name: _checked_seconds(name, optional=True)
         for name in ("idle_timeout", "max_lifetime", "check_after", "warn_after")
     },
-    "require_database": _checked_flag,
+    **{name: _checked_flag(name) for name in ("require_database", "pgbouncer")},
     "application_name": lambda value: _checked_text("application_name", value),
     "connect_args": _checked_mapping(
         "connect_args", _OWN_CONNECT_ARGS, "the config's own settings say where and how to connect"

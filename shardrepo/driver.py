@@ -92,9 +92,11 @@ class DriverConnection(psycopg.Connection[Any]):
 
     Attributes:
         used: Whether anything was sent, or a setting changed, since `settle` or `rest`.
+        pooled: Whether each transaction may run in another session of the server, as a pooler has it.
     """
 
     used: bool
+    pooled: bool = False
 
     def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(pgconn, *args, **kwargs)
@@ -139,7 +141,10 @@ class DriverConnection(psycopg.Connection[Any]):
         object.__setattr__(self, "_autocommit", mode)
 
     def reset(self) -> None:
-        """Undo whatever SQL, or a setting of this object, may have left in the session. One round trip."""
+        """Undo whatever SQL, or a setting of this object, may have left in the session. One round trip.
+
+        None if pooled: the session that SQL has changed belongs to somebody else by now.
+        """
         for name, value in self._settings.items():
             setattr(self, name, value)
         self._notice_handlers[:], self._notify_handlers[:] = self._handlers
@@ -148,7 +153,8 @@ class DriverConnection(psycopg.Connection[Any]):
         self.read_only = None
         self.deferrable = None
         self.autocommit = True
-        self.execute(_RESET, prepare=False)
+        if not self.pooled:
+            self.execute(_RESET, prepare=False)
 
     def test(self, seconds: float) -> None:
         """Ask the server for a sign of life. Raises `NoAnswer` when there is none in time, else what psycopg raises."""
@@ -214,12 +220,13 @@ class Target:
     timeout: float
     prepare_threshold: int | None
     conninfo: str
+    pooled: bool
 
     @classmethod
     def of(cls, database: Database, config: Config) -> Target:
         """Prepare connects to *database*. Raises `ConfigError` for a connection parameter that libpq does not know."""
         parameters = {**dict(database.query), **config.connect_args}
-        prepare_threshold = parameters.pop("prepare_threshold", 5)
+        prepare_threshold = parameters.pop("prepare_threshold", None if config.pgbouncer else 5)
         try:
             conninfo = make_conninfo(
                 host=database.host,
@@ -233,7 +240,7 @@ class Target:
             )
         except psycopg.ProgrammingError as error:
             raise ConfigError(f"cannot connect to {database.home}: {str(error).strip()}; see connect_args") from None
-        return cls(database, config.connect_timeout, prepare_threshold, conninfo)
+        return cls(database, config.connect_timeout, prepare_threshold, conninfo, config.pgbouncer)
 
 
 @dataclass(slots=True)
@@ -274,6 +281,7 @@ def connect(target: Target, context: AdaptContext | None) -> DriverConnection:
         raise _error_of(attempt, target)
     attempt.pgconn.nonblocking = 1
     connection = DriverConnection(attempt.pgconn)
+    connection.pooled = target.pooled
     connection.prepare_threshold = target.prepare_threshold
     if context is not None:
         connection._adapters = AdaptersMap(context.adapters)
@@ -289,13 +297,15 @@ def _attempt(target: Target) -> _Attempt:
     database = target.database
     deadline = monotonic() + target.timeout
     password = _password_of(database)
-    keys = _known.get(database, password)
-    traced = _TAKES_KEYS and not _known.has(database, password)
+    # PgBouncer makes up a new salt for each login, or has one per server behind it: no keys are good for the next one.
+    takes_keys = _TAKES_KEYS and not target.pooled
+    keys = _known.get(database, password) if takes_keys else None
+    traced = takes_keys and not _known.has(database, password)
     attempt = _try(target, password, keys, deadline, traced=traced)
     if attempt.is_unexplained and not traced:
         attempt.pgconn.finish()
         attempt, traced = _try(target, password, None, deadline, traced=True), True
-    if attempt.succeeded and traced and _TAKES_KEYS:
+    if attempt.succeeded and traced and takes_keys:
         _known.learn(database, password, attempt.trace)
     return attempt
 

@@ -69,7 +69,8 @@ class SharedDialect(PGDialect_psycopg):
     def connect(self, *, target: Target, context: Any = None) -> Any:
         connection = connect(target, context)
         version = connection.info.server_version
-        if self.server_version not in (None, version):
+        # Behind a pooler there may be servers of several versions, by turns.
+        if self.server_version not in (None, version) and not target.pooled:
             connection.close()
             self.outdated = True
             raise ServerUnavailableError(

@@ -264,7 +264,8 @@ class Repo:
         """Run any statement, or SQL as a string with ``:name`` parameters. The result outlives the connection.
 
         Outside a transaction the statement is committed by itself. The connection is reset afterwards: no
-        ``SET``, role, temporary table or lock that the statement leaves behind meets a later borrower.
+        ``SET``, role, temporary table or lock that the statement leaves behind meets a later borrower, unless
+        the config says ``pgbouncer=True``.
         """
         return cls._router.run(verbs.execute, statement, parameters)
 

@@ -36,7 +36,7 @@ def test_the_defaults() -> None:
     config = Config.of(URL)
     assert (config.pool_size, config.connect_timeout, config.require_database) == (20, 5.0, False)
     assert (config.application_name, config.connect_args, config.engine_options) == ("shardrepo", {}, {})
-    assert (config.bounds, config.checkout_timeout) == (UNBOUNDED, 30.0)
+    assert (config.bounds, config.checkout_timeout, config.pgbouncer) == (UNBOUNDED, 30.0, False)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,7 @@ def test_the_defaults() -> None:
         ("connect_timeout", 0.001),
         ("connect_timeout", 3),
         ("require_database", True),
+        ("pgbouncer", True),
         ("application_name", "reports"),
         ("connect_args", {"sslmode": "require", "prepare_threshold": None}),
         ("engine_options", {"echo": True}),
@@ -86,10 +87,11 @@ def test_a_timeout_too_large_for_a_float_is_refused() -> None:
     assert "connect_timeout" in refused(connect_timeout=10**400)
 
 
+@pytest.mark.parametrize("setting", ["require_database", "pgbouncer"])
 @pytest.mark.parametrize("value", [1, 0, "yes", None])
-def test_a_flag_that_is_no_bool_is_refused(value: object) -> None:
+def test_a_flag_that_is_no_bool_is_refused(setting: str, value: object) -> None:
     """`require_database="no"` would otherwise mean yes."""
-    assert "require_database must be True or False" in refused(require_database=value)
+    assert f"{setting} must be True or False" in refused(**{setting: value})
 
 
 @pytest.mark.parametrize("value", ["", None, 7])
@@ -228,6 +230,36 @@ def test_a_url_and_a_key_that_contradict_are_refused(name: str, value: object) -
     message = refused(**{name: value})
     assert f"contradicts itself on {name}" in message
     assert SECRET not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("prepare_threshold", 5, "remove it"),
+        ("prepare_threshold", 0, "remove it"),
+        ("options", "-c statement_timeout=1000", "ALTER ROLE"),
+    ],
+)
+def test_what_a_pooler_cannot_keep_is_refused(name: str, value: Any, remedy: str) -> None:
+    """Wherever it is said, with both values and what to do; without the pooler it is taken."""
+    message = refused(pgbouncer=True, connect_args={name: value})
+    assert f"pgbouncer=True contradicts {name}={value!r} in connect_args" in message
+    assert remedy in message
+    query = {name: str(value)}
+    message = f"pgbouncer=True contradicts {name}={str(value)!r} in the query"
+    pooled = {"url": "postgresql://db01/app", "pgbouncer": True}
+    with pytest.raises(ConfigError, match=message):
+        Config.of({**pooled, "query": query})
+    for given in (choose(None, {"query": query}), choose(make_url("postgresql://db02/app").set(query=query), {})):
+        with pytest.raises(ConfigError, match=message):
+            Config.of(pooled).locate(given)
+    assert located({**pooled, "pgbouncer": False, "query": query}).query == ((name, str(value)),)
+
+
+def test_what_agrees_with_a_pooler_is_taken() -> None:
+    """To say that nothing is prepared is to say the same twice."""
+    settings = {"pgbouncer": True, "connect_args": {"prepare_threshold": None, "sslmode": "require"}}
+    assert Config.of({"url": URL, **settings}).locate(None) == located(URL)
 
 
 def test_a_url_and_keys_that_agree_or_add_are_taken() -> None:
