@@ -277,7 +277,6 @@ def test_a_clock_that_is_set(
     assert (repo.stats().attempts, repo.stats().evictions) == (5, 1)
 
 
-@pytest.mark.xfail(reason="SQLAlchemy's pool compares the wall clock's time of the loss with that of every connect")
 def test_a_clock_that_is_set_after_a_connection_was_lost(
     make_repo: Callable[..., type[Repo]], many: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +290,6 @@ def test_a_clock_that_is_set_after_a_connection_was_lost(
     assert (repo.stats().idle, repo.stats().attempts) == (1, 2)
 
 
-@pytest.mark.xfail(reason="SQLAlchemy's pool connects in the record's place: unsettled, so that it cannot be reset")
 def test_what_was_idle_when_a_connection_was_lost(make_repo: Callable[..., type[Repo]], many: list[str]) -> None:
     """A connection that takes the place of one that is not trusted any more is like any other: counted, and reused."""
     repo = make_repo(many[0])

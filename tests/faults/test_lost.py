@@ -253,7 +253,6 @@ def test_each_way_alone(repo: type[Repo], server: Server, way: int) -> None:
 # Somebody else finds it
 
 
-@pytest.mark.xfail(reason="the transaction of an abandoned generator stays its context's when another thread ends it")
 @pytest.mark.usefixtures("no_collector")
 def test_a_generator_that_another_thread_collects(repo: type[Repo]) -> None:
     """Whoever abandoned a generator in a transaction can go on when that has been ended, whoever did it."""
@@ -274,7 +273,6 @@ def test_a_generator_that_another_thread_collects(repo: type[Repo]) -> None:
     assert repo.count(Tag) == 0
 
 
-@pytest.mark.xfail(reason="a generator's finaliser rolls back on a connection that the same collection has given away")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("no_collector")
 def test_a_connection_has_one_owner_while_it_is_collected(
@@ -347,7 +345,6 @@ MyRepo.dispose()
 """
 
 
-@pytest.mark.xfail(reason="ConnectionCache.engine holds its lock, which is not reentrant, while it builds an engine")
 def test_a_finaliser_that_uses_a_verb(server: Server) -> None:
     """It is served, or told that it cannot be, but never waits for the thread that it interrupts."""
     url = server.url().render_as_string(hide_password=False)
@@ -370,7 +367,6 @@ def in_a_thread(work: Callable[[], object]) -> int:
     return thread.ident
 
 
-@pytest.mark.xfail(reason="a finaliser only queues what it reclaims, and nobody looks while everybody waits")
 @pytest.mark.usefixtures("no_collector")
 def test_what_is_found_serves_who_waits(make_repo: Callable[..., type[Repo]], database: str) -> None:
     """Whoever waits for a bound gets the place of a connection that is collected meanwhile."""
@@ -383,7 +379,6 @@ def test_what_is_found_serves_who_waits(make_repo: Callable[..., type[Repo]], da
         assert waiting.result().scalar_one() == 1
 
 
-@pytest.mark.xfail(reason="borrowers are told apart by thread identifiers, which the system gives out again")
 @pytest.mark.usefixtures("no_collector")
 def test_nobody_is_taken_for_the_dead(make_repo: Callable[..., type[Repo]], database: str) -> None:
     """A thread does not hold what one before it with the same identifier has lost: it waits, like anybody."""
