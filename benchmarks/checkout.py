@@ -21,6 +21,7 @@ from shardrepo.config import Config
 from shardrepo.engines import ConnectionCache
 from shardrepo.entries import Entry
 from shardrepo.ledger import Ledger
+from shardrepo.listeners import Listeners
 
 from .ground import Ground
 from .measure import Figure, Goal, Skipped, Timings, interleave
@@ -35,7 +36,7 @@ _USED = 10
 def run(ground: Ground) -> Iterator[Figure | Skipped]:
     with ground.databases(_USED) as databases:
         yield from _against_pools(ground, databases[0])
-        caches = [ConnectionCache(Config.of(ground.url(databases[0]))) for _ in KNOWN]
+        caches = [ConnectionCache(Config.of(ground.url(databases[0])), Listeners()) for _ in KNOWN]
         used = [Database.from_url(ground.url(name)) for name in databases]
         for cache, known in zip(caches, KNOWN, strict=True):
             _make_known(cache, used, [Database.from_url(ground.url(f"known{n:05d}")) for n in range(known - _USED)])

@@ -19,6 +19,7 @@ from .errors import (
     UnknownDatabaseError,
     WrongDatabaseError,
 )
+from .log import DatabaseFilter
 from .repo import Repo
 from .session import RoutedSession
 from .stats import Stats
@@ -36,6 +37,7 @@ __all__ = [
     "ConfigError",
     "ConnectError",
     "Database",
+    "DatabaseFilter",
     "NoDatabaseError",
     "NotInTransactionError",
     "Repo",

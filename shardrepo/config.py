@@ -33,7 +33,7 @@ _OWN_ENGINE_OPTIONS: Final = frozenset(
     {
         *("connect_args", "creator", "async_creator", "module", "dialect", "url", "shared"),
         *("pool", "poolclass", "pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_pre_ping"),
-        *("pool_reset_on_return", "pool_use_lifo", "ledger", "database", "kind", "settings", "attend"),
+        *("pool_reset_on_return", "pool_use_lifo", "ledger", "database", "kind", "settings", "attend", "listeners"),
         *("use_native_hstore", "query_cache_size", "skip_autocommit_rollback", "isolation_level"),
     }
 )
@@ -238,7 +238,9 @@ def _checked_count(name: str, remedy: str, *, optional: bool = False) -> Callabl
     return check
 
 
-def _checked_seconds(name: str, *, optional: bool = False) -> Callable[[object], float | None]:
+def checked_seconds(name: str, *, optional: bool = False) -> Callable[[object], float | None]:
+    """Make a check of a duration, which raises `ConfigError`; None passes if the duration is *optional*."""
+
     def check(value: object) -> float | None:
         if value is None and optional:
             return None
@@ -279,9 +281,9 @@ _SETTINGS: Final[Mapping[str, Callable[[object], Any]]] = {
         name: _checked_count(name, "lets nobody connect: give the most that there may be, or None", optional=True)
         for name in ("max_connections", "max_per_server", "max_per_database")
     },
-    **{name: _checked_seconds(name) for name in ("max_overtake", "checkout_timeout", "connect_timeout")},
+    **{name: checked_seconds(name) for name in ("max_overtake", "checkout_timeout", "connect_timeout")},
     **{
-        name: _checked_seconds(name, optional=True)
+        name: checked_seconds(name, optional=True)
         for name in ("idle_timeout", "max_lifetime", "check_after", "warn_after")
     },
     **{name: _checked_flag(name) for name in ("require_database", "pgbouncer")},

@@ -29,7 +29,10 @@ from .errors import TransactionDoomedError, TransactionOwnerError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-logger: Final = logging.getLogger("shardrepo")
+logger: Final = logging.getLogger("shardrepo.context")
+
+# When the call that runs here has to be over, on the clock of `time.monotonic`; None for never.
+deadline: Final[ContextVar[float | None]] = ContextVar("shardrepo deadline", default=None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,6 +212,7 @@ class Context:
     def __init__(self, name: str) -> None:
         self._selection: ContextVar[Selection] = ContextVar(f"{name} choice", default=_NOTHING)
         self._transaction: ContextVar[Transaction | None] = ContextVar(f"{name} transaction", default=None)
+        self._timeout: ContextVar[float | None] = ContextVar(f"{name} timeout", default=None)
 
     @property
     def choice(self) -> Choice | None:
@@ -243,6 +247,21 @@ class Context:
                     "between may not have seen its choice. Choose in a middleware around the handler instead",
                     choice,
                 )
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that a call may take here; None for no limit."""
+        return self._timeout.get()
+
+    @contextmanager
+    def limited(self, timeout: float | None) -> Iterator[None]:
+        """Let each call in the block take *timeout* seconds."""
+        before = self._timeout.get()
+        self._timeout.set(timeout)
+        try:
+            yield
+        finally:
+            self._timeout.set(before)
 
     @property
     def has_transactions(self) -> bool:

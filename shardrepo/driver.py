@@ -7,22 +7,25 @@ to begin a transaction from ``_autocommit``; and every exchange with the server 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import selectors
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import psycopg
 from psycopg import pq
 from psycopg.abc import AdaptContext
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import make_conninfo
+from psycopg.errors import FeatureNotSupported, ReadOnlySqlTransaction
 
 from .config import Config
+from .context import deadline as call_deadline
 from .database import Database, Secret
 from .errors import (
     AuthenticationError,
@@ -78,8 +81,15 @@ _RESET: Final = (
 _SETTINGS: Final = ("row_factory", "cursor_factory", "server_cursor_factory", "prepare_threshold", "prepared_max")
 
 
+# What a statement may fail with because its connection is of an earlier time, see `is_outdated_by`.
+OUTDATED: Final = (FeatureNotSupported, ReadOnlySqlTransaction)
+
 # Stands for the owner of a connection whose borrower was lost; no process has this number.
 _LOST: Final = -1
+
+# Whether libpq can ask a server to stop without waiting for its answer for ever; and the seconds that it gets.
+_CAN_CANCEL: Final = pq.version() >= 170000
+_CANCEL: Final = 0.1
 
 # Seconds that a server process gets to end.
 _DEPARTURE: Final = 0.25
@@ -91,10 +101,12 @@ class DriverConnection(psycopg.Connection[Any]):
     In a forked child, whose copy shares the parent's socket, nothing is sent and nothing is closed.
 
     Attributes:
+        database: Where it leads.
         used: Whether anything was sent, or a setting changed, since `settle` or `rest`.
         pooled: Whether each transaction may run in another session of the server, as a pooler has it.
     """
 
+    database: Database
     used: bool
     pooled: bool = False
 
@@ -112,9 +124,13 @@ class DriverConnection(psycopg.Connection[Any]):
             owner = "the cache, which closes it" if self._pid == _LOST else "the parent process, which opened it"
             raise psycopg.OperationalError(f"this connection belongs to {owner}")
         object.__setattr__(self, "used", True)
-        if self._deadline is not None:
-            gen = _until(self._deadline, gen)
-        return super().wait(gen, *args, **kwargs)
+        if self._deadline is None:
+            return super().wait(gen, *args, **kwargs)
+        try:
+            return super().wait(_until(self._deadline, gen), *args, **kwargs)
+        except NoAnswer:
+            self._abort()
+            raise
 
     def add_notice_handler(self, callback: Any) -> None:
         super().add_notice_handler(callback)
@@ -134,6 +150,7 @@ class DriverConnection(psycopg.Connection[Any]):
     def rest(self) -> None:
         """Wait for the next borrower: not in autocommit mode, and unused."""
         self.set_autocommit_mode(False)
+        self.limit(None)
         object.__setattr__(self, "used", False)
 
     def set_autocommit_mode(self, mode: bool) -> None:
@@ -159,18 +176,39 @@ class DriverConnection(psycopg.Connection[Any]):
     def test(self, seconds: float) -> None:
         """Ask the server for a sign of life. Raises `NoAnswer` when there is none in time, else what psycopg raises."""
         self.set_autocommit_mode(True)
-        self._deadline = monotonic() + seconds
-        try:
-            self.execute("", prepare=False)
-        except NoAnswer:
-            self.close()
-            raise
-        self._deadline = None
+        self.limit(monotonic() + seconds)
+        self.execute("", prepare=False)
         self.rest()
+
+    def limit(self, deadline: float | None) -> None:
+        """Wait for no answer beyond *deadline*, on the clock of `time.monotonic`: then close, and raise `NoAnswer`."""
+        object.__setattr__(self, "_deadline", deadline)
+
+    def _abort(self) -> None:
+        """Close, after asking the server to stop, which may go unheard."""
+        if _CAN_CANCEL:
+            with suppress(psycopg.Error):
+                self.cancel_safe(timeout=_CANCEL)
+        self.close()
 
     def lose(self) -> None:
         """Nobody may use it any more: its borrower is gone, and another thread will close it."""
         object.__setattr__(self, "_pid", _LOST)
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether it is in no transaction."""
+        return self.pgconn.transaction_status == pq.TransactionStatus.IDLE
+
+    def is_outdated_by(self, error: psycopg.Error) -> Literal["statements", "connection"] | None:
+        """What of it *error* shows to be of an earlier time; None if it is the caller's own mistake.
+
+        Its prepared statements, when the type of a column has changed since; all of it, when its server has become
+        read-only, as one does that another has taken over from.
+        """
+        if isinstance(error, ReadOnlySqlTransaction):
+            return None if self.read_only else "connection"
+        return "statements" if self._prepared._names else None
 
     def forget_statements(self) -> None:
         """Drop what the server has prepared for this connection, before its next statement."""
@@ -250,6 +288,7 @@ class _Attempt:
     pgconn: pq.abc.PGconn
     reached: bool = False
     timed_out: bool = False
+    cut_short: bool = False
     trace: bytes = field(default=b"", repr=False)
 
     @property
@@ -281,6 +320,7 @@ def connect(target: Target, context: AdaptContext | None) -> DriverConnection:
         raise _error_of(attempt, target)
     attempt.pgconn.nonblocking = 1
     connection = DriverConnection(attempt.pgconn)
+    connection.database = target.database
     connection.pooled = target.pooled
     connection.prepare_threshold = target.prepare_threshold
     if context is not None:
@@ -295,7 +335,7 @@ def _attempt(target: Target) -> _Attempt:
     What failed is tried once more, with the password and under libpq's trace, to learn the reason or new keys.
     """
     database = target.database
-    deadline = monotonic() + target.timeout
+    deadline = min(monotonic() + target.timeout, call_deadline.get() or math.inf)
     password = _password_of(database)
     # PgBouncer makes up a new salt for each login, or has one per server behind it: no keys are good for the next one.
     takes_keys = _TAKES_KEYS and not target.pooled
@@ -330,6 +370,7 @@ def _try(target: Target, password: Secret | None, keys: Keys | None, deadline: f
             attempt.reached = attempt.reached or attempt.pgconn.status != _STARTED
             if not _ready(attempt.pgconn.socket, _EVENTS[pq.PollingStatus(polled)], deadline):
                 attempt.timed_out = True
+                attempt.cut_short = deadline == call_deadline.get()
                 break
         attempt.trace = trace.read()
     return attempt
@@ -403,7 +444,9 @@ def _error_of(attempt: _Attempt, target: Target) -> ConnectError:
     refused = not _TAKES_KEYS and attempt.pgconn.used_password and not attempt.timed_out
     attempt.pgconn.finish()
     home = target.database.home
-    if attempt.timed_out:
+    if attempt.cut_short:
+        text = "no answer within the call's own timeout"
+    elif attempt.timed_out:
         text = f"no answer within connect_timeout={target.timeout} s"
     kind, remedy = ConnectError, "see the driver's message"
     facts: dict[str, Any] = {}
@@ -415,7 +458,7 @@ def _error_of(attempt: _Attempt, target: Target) -> ConnectError:
         kind, remedy = AuthenticationError, "the server refused the password: check username and password"
     elif attempt.timed_out or not attempt.reached:
         kind, remedy = ServerUnavailableError, "check host and port, and that the server runs"
-        facts["reason"] = "timeout" if attempt.timed_out else "refused"
+        facts["reason"] = "refused" if not attempt.timed_out else "deadline" if attempt.cut_short else "timeout"
     if kind is ServerUnavailableError:
         facts.setdefault("reason", "starting")
     return kind(

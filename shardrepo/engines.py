@@ -13,6 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any, Final, Self
 
 from sqlalchemy import create_engine
@@ -23,11 +24,12 @@ from sqlalchemy.util import LRUCache
 
 from .config import Config
 from .database import Database
-from .driver import Target, connect
+from .driver import OUTDATED, DriverConnection, Target, connect
 from .entries import Kind
 from .errors import ServerUnavailableError
 from .housekeeper import Housekeeper
 from .ledger import Ledger
+from .listeners import Listeners
 from .pool import Books, LedgerPool, close, perform
 from .stats import Stats
 
@@ -50,6 +52,8 @@ class SharedDialect(PGDialect_psycopg):
     """
 
     driver = "psycopg"
+    # Those of the cache whose server's dialect this is.
+    listeners: Listeners
     supports_statement_cache = True
 
     def __new__(cls, shared: SharedDialect | None = None, **_: Any) -> Self:
@@ -81,6 +85,42 @@ class SharedDialect(PGDialect_psycopg):
             )
         return connection
 
+    def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        if self.listeners.query:
+            with self._told(cursor, statement):
+                self._execute(cursor, statement, parameters, context)
+        else:
+            self._execute(cursor, statement, parameters, context)
+
+    def do_executemany(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        with self._told(cursor, statement):
+            super().do_executemany(cursor, statement, parameters, context)  # type: ignore[no-untyped-call]  # SQLAlchemy's
+
+    @contextmanager
+    def _told(self, cursor: Any, statement: str) -> Iterator[None]:
+        begun, error = monotonic(), None
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            database = cursor.connection.database
+            self.listeners.tell("query", database, monotonic() - begun, statement=statement, error=error)
+
+    def _execute(self, cursor: Any, statement: str, parameters: Any, context: Any) -> None:
+        try:
+            cursor.execute(statement, parameters)
+        except OUTDATED as error:
+            connection: DriverConnection = cursor.connection
+            outdated = connection.is_outdated_by(error)
+            if outdated and context is not None:
+                context.root_connection.engine.pool.dispose()
+            if outdated != "statements" or not connection.is_at_rest:
+                raise
+            connection.forget_statements()
+            cursor.execute(statement, parameters)
+
     def initialize(self, connection: Connection) -> None:
         # Asks the server five times; two first connections at once may both do it, to the same effect.
         if self.server_version is None:
@@ -104,8 +144,9 @@ class ConnectionCache:
     A forked child starts with an empty one and leaves the parent's sockets alone.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, listeners: Listeners) -> None:
         self.config = config
+        self.listeners = listeners
         self.ledger: Books = Ledger(config.pool_size, config.bounds, config.ages, MAX_CONNECTING)
         self.housekeeper = Housekeeper(self.ledger, self.config.warn_after)
         self._start_empty()
@@ -179,12 +220,14 @@ class ConnectionCache:
             kind=kind,
             settings=self.config,
             attend=self.housekeeper.attend,
+            listeners=self.listeners,
             query_cache_size=0,
             **self.config.engine_options,
         )
         shared = engine.dialect
         assert isinstance(shared, SharedDialect)
         self._dialects[database.server] = shared
+        shared.listeners = self.listeners
         engine.update_execution_options(compiled_cache=shared.compiled)
         engine.pool.engine = engine  # type: ignore[attr-defined]  # a LedgerPool
         return engine

@@ -16,7 +16,7 @@ from sqlalchemy.orm.exc import StaleDataError
 if TYPE_CHECKING:
     from .database import Database
 
-Unavailable: TypeAlias = Literal["refused", "timeout", "starting", "replaced", "down"]
+Unavailable: TypeAlias = Literal["refused", "timeout", "starting", "deadline", "replaced", "down"]
 
 
 class ShardRepoError(Exception):
@@ -94,8 +94,9 @@ class ServerUnavailableError(ConnectError):
     """The server refused the connection, did not answer in time, or is starting up; or it is known to be down.
 
     Attributes:
-        reason: Which of these it is: "refused", "timeout", "starting", "replaced" (another version has taken its
-            place) or "down" (it failed others a moment ago, and nothing was sent to it).
+        reason: Which of these it is: "refused", "timeout", "starting", "deadline" (the call's own timeout came first),
+            "replaced" (another version has taken its place) or "down" (it failed others a moment ago, and nothing was
+            sent to it).
         retry_after: Seconds until the next connect tries it, when it is "down".
     """
 

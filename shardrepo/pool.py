@@ -8,9 +8,10 @@ the dead ``fairy_ref`` that it comes back from a finaliser. ``tests/test_private
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -21,10 +22,19 @@ from sqlalchemy.pool.base import _ConnectionRecord
 from .breaker import Outage, Verdict
 from .callsite import CallSite
 from .config import Config
+from .context import deadline
 from .database import Database
-from .entries import NOTHING, Entry, Kind, State, Step, Wait
-from .errors import CheckoutTimeoutError, ConnectError, RepoDisposedError, ServerFullError, ServerUnavailableError
+from .entries import EVICTIONS, NOTHING, Entry, Kind, State, Step, Wait
+from .errors import (
+    CheckoutTimeoutError,
+    ConnectError,
+    RepoDisposedError,
+    ServerFullError,
+    ServerUnavailableError,
+    Unavailable,
+)
 from .ledger import Ledger
+from .listeners import Listeners
 
 if TYPE_CHECKING:
     from .driver import DriverConnection
@@ -43,6 +53,16 @@ _ABORTED: Final = 3
 _IN_TRANSACTION: Final = (2, _ABORTED)
 
 
+# What a failed connect says about the server, by the reason of its error.
+_VERDICTS: Final[Mapping[Unavailable, Verdict]] = {
+    "refused": Verdict.REFUSED,
+    "starting": Verdict.REFUSED,
+    "timeout": Verdict.TIMED_OUT,
+    "deadline": Verdict.UNKNOWN,
+    "replaced": Verdict.ANSWERED,
+    "down": Verdict.UNKNOWN,
+}
+
 # How many of those who hold a connection longest a timeout names.
 _NAMED: Final = 3
 
@@ -51,11 +71,12 @@ class CachedConnection(_ConnectionRecord):
     """One connection of the cache, as SQLAlchemy's pools see it.
 
     Attributes:
+        opened_at: When it was opened, on the clock of `time.monotonic`.
         taken: Where its borrower took it, if that is watched.
         warned: Whether that borrower was warned of.
     """
 
-    __slots__ = ("entry", "ledger", "pool", "taken", "vouched", "warned")
+    __slots__ = ("entry", "ledger", "opened_at", "pool", "taken", "vouched", "warned")
 
     dbapi_connection: DriverConnection | None  # type: ignore[assignment]  # no other driver comes here
 
@@ -65,6 +86,7 @@ class CachedConnection(_ConnectionRecord):
         self.ledger = pool.ledger
         self.vouched = self.warned = False
         self.taken: CallSite | None = None
+        self.opened_at = monotonic()
         super().__init__(pool)
 
     def get_connection(self) -> Any:
@@ -98,9 +120,12 @@ class CachedConnection(_ConnectionRecord):
                 at_rest = not connection.used and connection.pgconn.transaction_status == _IDLE
                 reusable = at_rest or self._tidy(connection)
         finally:
+            held = monotonic() - self.entry.since if self.pool.listeners.checkin else None
             step = self.ledger.release(self.entry, reusable)
             if step is not NOTHING:
                 perform(self.ledger, step)
+            if held is not None:
+                self.pool.listeners.tell("checkin", self.pool.database, held)
 
     def _tidy(self, connection: DriverConnection) -> bool:
         """End what the borrower left behind; False if the connection cannot be used again.
@@ -135,6 +160,7 @@ class LedgerPool(Pool):
         database: The database that this pool connects to.
         settings: The repo's; those about time are used here.
         attend: Called when a connection was opened.
+        listeners: Who is told what happens.
         kind: What its connections are borrowed for.
     """
 
@@ -145,6 +171,7 @@ class LedgerPool(Pool):
         database: Database,
         settings: Config,
         attend: Callable[[], None],
+        listeners: Listeners,
         kind: Kind = Kind.KEPT,
         **kwargs: Any,
     ) -> None:
@@ -155,12 +182,14 @@ class LedgerPool(Pool):
         self._server = database.server
         self.settings = settings
         self._attend = attend
+        self.listeners = listeners
         self.kind = kind
         self._watches = settings.warn_after is not None
         # Set by the cache: an engine lives as long as one of its connections does.
         self.engine: Engine | None = None
 
     def _do_get(self) -> ConnectionPoolEntry:
+        begun = monotonic() if self.listeners.checkout else None
         grant = self.ledger.acquire(self._key, self.kind, self._server)
         if isinstance(grant, Wait):
             grant = self._await(grant)
@@ -169,13 +198,23 @@ class LedgerPool(Pool):
             record = self._prepare(grant)
         if self._watches:
             record.taken, record.warned = CallSite(), False
+        if begun is not None:
+            self._tell_checkout(record, monotonic() - begun)
         return record
+
+    def _tell_checkout(self, record: CachedConnection, seconds: float) -> None:
+        try:
+            self.listeners.tell("checkout", self.database, seconds)
+        except BaseException:  # a signal's, say: nobody has the connection yet
+            self._end(record.entry)
+            raise
 
     def _prepare(self, grant: Entry[object, CachedConnection]) -> CachedConnection:
         """Do what a grant asks for: close what has to go first, then connect, or test what may be dead."""
         while True:
+            closed: Sequence[CachedConnection] = ()
             try:
-                self._close(grant)
+                closed = self._close(grant)
                 if grant.connection is None:
                     return self._open(grant)
                 if not grant.suspect or self._is_alive(grant):
@@ -183,6 +222,9 @@ class LedgerPool(Pool):
             except BaseException as error:
                 self._end(grant, error)
                 raise
+            finally:
+                # Not before: others may wait until this one has connected.
+                tell_closed(closed)
             perform(self.ledger, self.ledger.found_dead(grant))
             self._end(grant)
             again = self.ledger.acquire(self._key, self.kind, self._server)
@@ -194,17 +236,29 @@ class LedgerPool(Pool):
     def _open(self, entry: Entry[object, CachedConnection]) -> CachedConnection:
         if self.ledger.disposed:
             raise self._disposed()
+        begun = monotonic()
         try:
-            record = CachedConnection(self, entry)
-        except ServerFullError:
-            if not self._make_room():
-                raise
-            record = CachedConnection(self, entry)
+            record = self._connect(entry)
+        except BaseException as error:
+            self._end(entry, error)
+            self.listeners.tell("connect", self.database, monotonic() - begun, error=error)
+            raise
+        seconds = monotonic() - begun
         if record.dbapi_connection is not None:
             record.dbapi_connection.settle()
         perform(self.ledger, self.ledger.opened(entry, record))
         self._attend()
+        logger.debug("connected to %s in %.4f s", self.database.home, seconds, extra=self.database.labels)
+        self.listeners.tell("connect", self.database, seconds)
         return record
+
+    def _connect(self, entry: Entry[object, CachedConnection]) -> CachedConnection:
+        try:
+            return CachedConnection(self, entry)
+        except ServerFullError:
+            if not self._make_room():
+                raise
+            return CachedConnection(self, entry)
 
     def _make_room(self) -> bool:
         """Close one idle connection to a server that is full; False if there is none."""
@@ -244,13 +298,13 @@ class LedgerPool(Pool):
     def _disposed(self) -> RepoDisposedError:
         return RepoDisposedError(f"cannot connect to {self.database.home}: this repo was disposed; define a new one")
 
-    def _close(self, grant: Entry[object, CachedConnection]) -> None:
+    def _close(self, grant: Entry[object, CachedConnection]) -> Sequence[CachedConnection]:
         doomed, grant.close = grant.close, ()
-        close(self.ledger, doomed)
+        return close(self.ledger, doomed)
 
     def _end(self, entry: Entry[object, CachedConnection], error: BaseException | None = None) -> None:
         """Give a grant back that nobody will use, and close what it asked to have closed."""
-        self._close(entry)
+        tell_closed(self._close(entry))
         if entry.state is State.CONNECTING:
             perform(self.ledger, self.ledger.failed(entry, _verdict(error), str(error)))
         elif entry.state is State.IN_USE:
@@ -260,16 +314,16 @@ class LedgerPool(Pool):
         """Wait for what could not be granted at once, or raise why it never will be."""
         begun = monotonic()
         try:
-            close(self.ledger, wait.close)
+            tell_closed(close(self.ledger, wait.close))
             if wait.outage is not None:
                 raise self._down(wait.outage)
             if wait.held:
                 raise self._hopeless(wait)
             assert isinstance(wait.turn, threading.Event)
-            timeout = self.settings.checkout_timeout
-            patience = min(PATIENCE, timeout)
+            timeout = min(self.settings.checkout_timeout, (deadline.get() or math.inf) - begun)
+            patience = max(0.0, min(PATIENCE, timeout))
             if not wait.turn.wait(patience) and self.ledger.insist(wait) is None and not wait.is_over:
-                wait.turn.wait(timeout - patience)
+                wait.turn.wait(max(0.0, timeout - patience))
         except BaseException:
             if not wait.held and (granted := self.ledger.give_up(wait)) is not None:
                 self._end(granted)
@@ -278,7 +332,9 @@ class LedgerPool(Pool):
             return granted
         if wait.outage is not None:
             raise self._down(wait.outage)
-        raise self._timed_out(wait, monotonic() - begun)
+        seconds = monotonic() - begun
+        self.listeners.tell("timeout", self.database, seconds, reason=_listed(wait.bounds))
+        raise self._timed_out(wait, seconds)
 
     def _timed_out(self, wait: Wait[object, CachedConnection], seconds: float) -> CheckoutTimeoutError:
         stats = self.ledger.stats()
@@ -325,6 +381,7 @@ class LedgerPool(Pool):
             self.database,
             self.settings,
             self._attend,
+            self.listeners,
             self.kind,
             echo=self.echo,
             logging_name=self._orig_logging_name,
@@ -339,6 +396,7 @@ class LedgerPool(Pool):
         record = connection._connection_record
         if isinstance(exception, NoAnswer):
             self.ledger.doubt(self._server)
+            self.listeners.tell("timeout", self.database, monotonic() - record.entry.since, reason="no answer")
         elif isinstance(record, CachedConnection):
             perform(self.ledger, self.ledger.found_dead(record.entry))
         connection.invalidate(exception)
@@ -361,8 +419,7 @@ def holder(entry: Entry[object, CachedConnection]) -> str:
 def _verdict(error: BaseException | None) -> Verdict:
     """What a failed connect says about the server."""
     if isinstance(error, ServerUnavailableError):
-        verdicts = {"refused": Verdict.REFUSED, "starting": Verdict.REFUSED, "timeout": Verdict.TIMED_OUT}
-        return verdicts.get(error.reason, Verdict.ANSWERED)
+        return _VERDICTS[error.reason]
     if isinstance(error, ConnectError) and type(error) is not ConnectError:
         return Verdict.ANSWERED
     return Verdict.UNKNOWN
@@ -383,6 +440,18 @@ def autocommit(connection: Connection) -> None:
         dbapi_connection = record_of(connection).dbapi_connection
         assert dbapi_connection is not None
         dbapi_connection.set_autocommit_mode(True)
+
+
+@contextmanager
+def limited(connection: Connection, until: float) -> Iterator[None]:
+    """Wait for no answer on *connection* beyond *until*, on the clock of `time.monotonic`: then it is closed."""
+    dbapi_connection = record_of(connection).dbapi_connection
+    assert dbapi_connection is not None
+    dbapi_connection.limit(until)
+    try:
+        yield
+    finally:
+        dbapi_connection.limit(None)
 
 
 def disown(connection: Connection) -> None:
@@ -410,14 +479,29 @@ def perform(ledger: Books, step: Step[object, CachedConnection]) -> None:
     for wait in step.wake:
         wait.turn.set()
     if step.close:
-        close(ledger, step.close)
+        tell_closed(close(ledger, step.close))
 
 
-def close(ledger: Books, entries: Sequence[Entry[object, CachedConnection]]) -> None:
-    """Close *entries*, all of them even when one is interrupted, and book each as closed."""
+def close(ledger: Books, entries: Sequence[Entry[object, CachedConnection]]) -> Sequence[CachedConnection]:
+    """Close *entries*, all of them even when one is interrupted, and book each as closed. Tells nobody yet."""
+    if not entries:
+        return ()
+    closed = [entry.connection for entry in entries if entry.connection is not None]
     with ExitStack() as rest:
         for entry in entries:
             rest.callback(_close, ledger, entry)
+    return closed
+
+
+def tell_closed(closed: Sequence[CachedConnection]) -> None:
+    """Tell the listeners what was closed, and why."""
+    for record in closed:
+        entry, database, listeners = record.entry, record.pool.database, record.pool.listeners
+        logger.debug("closed a connection to %s: %s", database.home, entry.reason, extra=database.labels)
+        now = monotonic()
+        if entry.reason in EVICTIONS:
+            listeners.tell("evict", database, now - entry.since, reason=entry.reason)
+        listeners.tell("close", database, now - record.opened_at, reason=entry.reason)
 
 
 def _close(ledger: Books, entry: Entry[object, CachedConnection]) -> None:

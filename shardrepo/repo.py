@@ -10,7 +10,7 @@ from sqlalchemy import Executable, Select
 from sqlalchemy.engine import Engine, Result
 
 from . import verbs
-from .config import ConfigSource
+from .config import ConfigSource, checked_seconds
 from .database import Choice, Chosen, Database, Options, choose
 from .errors import ConfigError
 from .router import Router
@@ -268,6 +268,22 @@ class Repo:
         the config says ``pgbouncer=True``.
         """
         return cls._router.run(verbs.execute, statement, parameters)
+
+    @classmethod
+    def call_options(cls, *, timeout: float) -> AbstractContextManager[None]:
+        """Give each verb in the block *timeout* seconds in all: to get a connection, and for its statements.
+
+            >>> with MyRepo.call_options(timeout=2.0):                              # doctest: +SKIP
+            ...     MyRepo.all(Report)
+
+        One that takes longer is given up within a quarter of a second: the server is asked to stop, the connection
+        is closed, and `sqlalchemy.exc.OperationalError` is raised, `CheckoutTimeoutError` or `ServerUnavailableError`
+        if there was no connection yet. Blocks nest; the innermost counts. Tasks inherit it, threads do not.
+
+        Raises:
+            ConfigError: The timeout is no number of seconds above 0.
+        """
+        return cls._router.context.limited(checked_seconds("timeout")(timeout))
 
     # Transactions
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 from sqlalchemy import text
@@ -21,10 +21,11 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from . import verbs
 from .config import Config, ConfigSource
-from .context import Context
+from .context import Context, Transaction, deadline
 from .database import Choice, Chosen, Database, choose
 from .errors import NoDatabaseError, NotInTransactionError, StaleError, WrongDatabaseError
-from .pool import autocommit, disown, is_aborted, vouch
+from .listeners import Listeners
+from .pool import autocommit, disown, is_aborted, limited, vouch
 from .session import HomeSession, RoutedSession, Snapshot
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Router:
 
     def __init__(self, name: str, source: ConfigSource) -> None:
         self.context = Context(name)
+        self.listeners = Listeners()
         self._source = source
         # Guards the making of config and cache, which happens once.
         self._lock = threading.RLock()
@@ -66,7 +68,7 @@ class Router:
         with self._lock:
             made: ConnectionCache | None = self.__dict__.get("cache")
             if made is None:
-                made = self.__dict__["cache"] = ConnectionCache(self.config)
+                made = self.__dict__["cache"] = ConnectionCache(self.config, self.listeners)
             return made
 
     @cached_property
@@ -188,8 +190,12 @@ class Router:
     def _connection(self, database: Database) -> Iterator[Connection]:
         """The connection of the caller's transaction on *database*, else one of the cache's."""
         transaction = self.context.transaction(database)
+        timeout = self.context.timeout
         try:
-            if transaction is not None:
+            if timeout is not None:
+                with self._limited_connection(database, transaction, timeout) as connection:
+                    yield connection
+            elif transaction is not None:
                 with transaction.watch():
                     yield transaction.connection
             else:
@@ -199,6 +205,24 @@ class Router:
         except SQLAlchemyError as error:
             error.add_note(f"database: {database.home}")
             raise
+
+    @contextmanager
+    def _limited_connection(
+        self, database: Database, transaction: Transaction | None, timeout: float
+    ) -> Iterator[Connection]:
+        """The same for a call that has *timeout* seconds in all: to get a connection, and for its statements."""
+        before, until = deadline.get(), monotonic() + timeout
+        deadline.set(until)
+        try:
+            if transaction is not None:
+                with transaction.watch(), limited(transaction.connection, until):
+                    yield transaction.connection
+            else:
+                with self.cache.engine(database).connect() as connection, limited(connection, until):
+                    vouch(connection)
+                    yield connection
+        finally:
+            deadline.set(before)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -17,9 +17,10 @@ PACKAGE = Path(shardrepo.__file__).parent
 # From the bottom to the top. What stands on one line does not import each other.
 LAYERS = [
     {"errors", "stats", "breaker", "callsite"},
+    {"log"},
     {"entries"},
     {"database", "places"},
-    {"config", "context", "scram", "ledger"},
+    {"config", "context", "scram", "ledger", "listeners"},
     {"driver"},
     {"pool"},
     {"housekeeper"},
@@ -27,6 +28,7 @@ LAYERS = [
     {"verbs"},
     {"router"},
     {"repo"},
+    {"event"},
     {"__init__"},
     {"fleet", "testing"},
     {"demo", "pytest_plugin"},
@@ -35,7 +37,7 @@ LAYERS = [
 ]
 
 # Imports against the order, for annotations only: an error names the type of a fact that it carries.
-FOR_TYPES = {("errors", "database")}
+FOR_TYPES = {("errors", "database"), ("log", "repo")}
 
 # The modules that may load what stands behind them; nothing else may, at import or later.
 OWNERS = {"psycopg": {"driver", "testing"}, "alembic": {"fleet"}, "pytest": {"pytest_plugin", "testing"}}

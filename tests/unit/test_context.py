@@ -242,7 +242,7 @@ def test_a_block_left_in_another_context_logs_and_changes_nothing(
     assert other.run(name, repo) == "mine"
     assert name(repo) == "mine"
     (record,) = caplog.records
-    assert (record.name, record.levelno) == ("shardrepo", logging.ERROR)
+    assert (record.name, record.levelno) == ("shardrepo.context", logging.ERROR)
     assert "theirs" in record.getMessage()
     assert "middleware" in record.getMessage()
 
