@@ -51,6 +51,10 @@ _EVENTS: Final = {
 _TAKES_KEYS: Final = pq.version() >= 180000
 _known: Final = KeyStore()
 
+# Seconds for which the reason of a failed connect is taken for that of the next; and how many are remembered.
+_REASON_KEPT: Final = 5.0
+_MAX_REASONS: Final = 256
+
 # The server's answer in libpq's trace: B <length> ErrorResponse S "FATAL" V "FATAL" C "28P01" M …
 _SQLSTATE: Final = re.compile(rb'\tErrorResponse\t.*? C "([0-9A-Z]{5})"')
 
@@ -306,6 +310,35 @@ class _Attempt:
         return found[1].decode() if found else None
 
 
+class _Reasons:
+    """Why connects have failed of late: what fails again in the same words is not traced again."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[bytes, bytes, float]] = {}
+
+    def has(self, target: Target) -> bool:
+        """Whether a connect to *target* has failed within the last seconds."""
+        found = self._found.get(target.conninfo)
+        return found is not None and monotonic() < found[2]
+
+    def explain(self, attempt: _Attempt, target: Target) -> bool:
+        """Give *attempt* the trace of the one before, if that has failed in the same words."""
+        found = self._found.get(target.conninfo)
+        if found is None or monotonic() >= found[2] or found[0] != attempt.pgconn.error_message:
+            return False
+        attempt.trace = found[1]
+        return True
+
+    def learn(self, attempt: _Attempt, target: Target) -> None:
+        """Remember why *attempt* has failed."""
+        if len(self._found) >= _MAX_REASONS:
+            self._found.clear()
+        self._found[target.conninfo] = attempt.pgconn.error_message, attempt.trace, monotonic() + _REASON_KEPT
+
+
+_reasons: Final = _Reasons()
+
+
 def connect(target: Target, context: AdaptContext | None) -> DriverConnection:
     """Open a connection to the target's database, or fail within its timeout.
 
@@ -340,11 +373,13 @@ def _attempt(target: Target) -> _Attempt:
     # PgBouncer makes up a new salt for each login, or has one per server behind it: no keys are good for the next one.
     takes_keys = _TAKES_KEYS and not target.pooled
     keys = _known.get(database, password) if takes_keys else None
-    traced = takes_keys and not _known.has(database, password)
+    traced = takes_keys and not _known.has(database, password) and not _reasons.has(target)
     attempt = _try(target, password, keys, deadline, traced=traced)
-    if attempt.is_unexplained and not traced:
+    if attempt.is_unexplained and not traced and not _reasons.explain(attempt, target):
         attempt.pgconn.finish()
         attempt, traced = _try(target, password, None, deadline, traced=True), True
+    if attempt.is_unexplained and traced:
+        _reasons.learn(attempt, target)
     if attempt.succeeded and traced and takes_keys:
         _known.learn(database, password, attempt.trace)
     return attempt

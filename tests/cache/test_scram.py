@@ -11,7 +11,7 @@ import pytest
 from psycopg import pq
 from psycopg.sql import SQL, Literal
 
-from shardrepo import AuthenticationError, Repo
+from shardrepo import AuthenticationError, Repo, UnknownDatabaseError
 from shardrepo.testing.servers import Server
 
 from ..models import Tag
@@ -120,6 +120,22 @@ def test_only_the_first_connect_is_traced(
         alter(server, password)
         repo.ping()
         assert len(traces) == (1 if takes_keys and password.isascii() else 0)
+
+
+def test_what_fails_again_is_not_traced_again(
+    make_repo: Callable[..., type[Repo]], database: str, traces: list[str]
+) -> None:
+    """The reason of a failed connect is that of the next ones in the same words, and each of them has it."""
+    repo = make_repo(database)
+    repo.ping()
+    for name in ("absent1", "absent2"):
+        traces.clear()
+        with repo.using(name):
+            for _ in range(3):
+                with pytest.raises(UnknownDatabaseError) as caught:
+                    repo.ping()
+                assert caught.value.sqlstate == "3D000"
+        assert len(traces) == 1
 
 
 @pytest.mark.parametrize("password", ["first", "pässwörd"])
