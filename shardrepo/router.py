@@ -7,10 +7,12 @@ one from the cache.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
@@ -18,6 +20,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import NoResultFound, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm.exc import StaleDataError
+from sqlalchemy.util import memoized_property  # functools' own locks before Python 3.12, which no fork survives
 
 from . import verbs
 from .config import Config, ConfigSource
@@ -52,16 +55,17 @@ class Router:
         self._source = source
         # Guards the making of config and cache, which happens once.
         self._lock = threading.RLock()
+        _routers.add(self)
         if not callable(source):
             self.config  # noqa: B018  # a wrong config fails where it is written
 
-    @cached_property
+    @memoized_property
     def config(self) -> Config:
         with self._lock:
             made: Config | None = self.__dict__.get("config")
             return made or Config.of(self._source)
 
-    @cached_property
+    @memoized_property
     def cache(self) -> ConnectionCache:
         from .engines import ConnectionCache  # here, so that `import shardrepo` loads no driver
 
@@ -71,7 +75,7 @@ class Router:
                 made = self.__dict__["cache"] = ConnectionCache(self.config, self.listeners)
             return made
 
-    @cached_property
+    @memoized_property
     def resolve(self) -> Callable[[Choice | None], Database]:
         """Turn a choice into the database it means, the same one every time."""
         return lru_cache(maxsize=MAX_RESOLVED)(self.config.locate)
@@ -287,6 +291,18 @@ class Router:
             autocommit(connection)
             connection.execute(text("SELECT 1"))
         return perf_counter() - begun
+
+
+_routers: Final[weakref.WeakSet[Router]] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    # Another thread of the parent's may have been in the middle of it.
+    for router in list(_routers):
+        router._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _session(database: Database, connection: Connection) -> HomeSession:

@@ -211,6 +211,40 @@ MyRepo.dispose()
 """
 
 
+FORKED_MEANWHILE = """
+import os, sys, threading
+from shardrepo import Repo
+
+asked, answered = threading.Event(), threading.Event()
+
+def config():
+    if threading.current_thread() is not threading.main_thread():
+        asked.set()
+        answered.wait(30)
+    return sys.argv[1]
+
+class MyRepo(Repo, config=config): pass
+
+thread = threading.Thread(target=MyRepo.get_database)
+thread.start()
+assert asked.wait(30)
+child = os.fork()
+if child == 0:
+    os._exit(MyRepo.execute("SELECT 7").scalar_one())
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+answered.set()
+thread.join()
+"""
+
+
+def test_a_process_forked_while_a_config_was_asked_for(server: Server) -> None:
+    """A child does not wait for a thread that only its parent has."""
+    url = server.url().render_as_string(hide_password=False)
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKED_MEANWHILE, url]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=20)
+    assert (done.stdout, done.stderr) == ("7\n", "")
+
+
 def test_processes_forked_at_a_full_bound(server: Server, many: list[str]) -> None:
     """Children have places and connections of their own; their parent's are taken, waited for, and stay intact."""
     url = server.url(many[0]).render_as_string(hide_password=False)
