@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import os
 import random
 import sys
@@ -19,7 +20,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shardrepo.entries import NOTHING, Entry, Kind, Scope, State, Step, Wait
+from shardrepo.breaker import Verdict
+from shardrepo.entries import NOTHING, Ages, Entry, Kind, Scope, State, Step, Wait
 from shardrepo.ledger import Ledger
 from shardrepo.places import Bounds
 
@@ -579,16 +581,257 @@ def test_a_child_forked_under_the_lock_is_not_blocked_by_it() -> None:
     assert in_time(lambda: (ledger.abandon(), ledger.stats().attempts)[1]) == 0
 
 
+# Health
+
+
+class Clocked:
+    """A ledger whose time is moved by hand, with lifetimes that miss half of the tenth that may be missing."""
+
+    def __init__(self, pool_size: int = 9, max_connecting: int | None = None, **ages: float) -> None:
+        self.now = 0.0
+        self.ledger: Books = Ledger(
+            pool_size, ages=Ages(**ages), max_connecting=max_connecting, clock=lambda: self.now, jitter=lambda: 0.5
+        )
+
+    def refuse(self, key: str, verdict: Verdict = Verdict.REFUSED, server: str = "server") -> None:
+        """Let a connect fail."""
+        self.ledger.failed(granted(self.ledger, key, server=server), verdict, "why")
+
+
+def closed_by(step: Steps) -> list[tuple[str, str | None]]:
+    """What a step closes, and why."""
+    return [(entry.key, entry.reason) for entry in step.close]
+
+
+def test_what_nobody_uses_is_closed() -> None:
+    """An idle connection is closed when it has been idle for long enough, and not before."""
+    clocked = Clocked(idle_timeout=10)
+    make_idle(clocked.ledger, "a")
+    clocked.now = 5
+    make_idle(clocked.ledger, "b")
+    clocked.now = 9.9
+    assert clocked.ledger.sweep() is NOTHING
+    clocked.now = 10
+    assert closed_by(clocked.ledger.sweep()) == [("a", "idle_timeout")]
+
+
+def test_what_is_old_is_closed() -> None:
+    """An idle connection is closed at the end of its life, however lately it was used."""
+    clocked = Clocked(max_lifetime=100)
+    (entry,) = make_idle(clocked.ledger, "a")
+    clocked.now = 94.9
+    give_back(clocked.ledger, granted(clocked.ledger, "a"))
+    assert clocked.ledger.sweep() is NOTHING
+    clocked.now = 95
+    assert clocked.ledger.sweep().close == [entry]
+    assert entry.reason == "max_lifetime"
+
+
+def test_what_grows_old_in_use_is_closed_on_return() -> None:
+    """A borrower keeps its connection, the next one does not get it."""
+    clocked = Clocked(max_lifetime=100)
+    entry = borrow(clocked.ledger, "a")
+    clocked.now = 200
+    assert clocked.ledger.sweep() is NOTHING
+    assert closed_by(clocked.ledger.release(entry)) == [("a", "max_lifetime")]
+
+
+def test_what_has_been_idle_is_suspect() -> None:
+    """A connection that nobody used for longer than `check_after` is to be tested; until it was, also by the next."""
+    clocked = Clocked(check_after=30)
+    (entry,) = make_idle(clocked.ledger, "a")
+    clocked.now = 30
+    assert not granted(clocked.ledger, "a").suspect
+    give_back(clocked.ledger, entry)
+    clocked.now = 61
+    assert granted(clocked.ledger, "a").suspect
+    give_back(clocked.ledger, entry)
+    assert granted(clocked.ledger, "a").suspect
+
+
+def test_a_dead_connection_has_its_siblings_closed_and_its_server_doubted() -> None:
+    """The idle ones of its key go; the others of its server are tested, also those in use; other servers are not."""
+    ledger: Books = Ledger(9)
+    entries: dict[str, list[Slot]] = {}
+    for name, server in (("dead", "one"), ("dead", "one"), ("sibling", "one"), ("used", "one"), ("far", "other")):
+        entry = granted(ledger, name, server=server)
+        ledger.opened(entry, "connection")
+        entries.setdefault(name, []).append(entry)
+    for name in ("sibling", "far"):
+        give_back(ledger, entries[name][0])
+    dead, idle = entries["dead"]
+    give_back(ledger, idle)
+    assert closed_by(ledger.found_dead(dead)) == [("dead", "sibling")]
+    assert closed_by(ledger.release(dead, reusable=False)) == [("dead", "broken")]
+    assert [entries[name][0].suspect for name in ("sibling", "used", "far")] == [True, True, False]
+
+
+def test_a_connection_that_is_opened_later_is_not_suspect() -> None:
+    """What is opened after another has died is not in doubt."""
+    ledger: Books = Ledger(9)
+    dead = borrow(ledger, "a")
+    permit = granted(ledger, "b")
+    ledger.found_dead(dead)
+    ledger.opened(permit, "connection")
+    assert not permit.suspect
+
+
+def test_doubt_closes_nothing() -> None:
+    """A server that did not answer in time may only be slow."""
+    ledger: Books = Ledger(9)
+    (entry,) = make_idle(ledger, "a")
+    ledger.doubt(entry.server)
+    assert entry.suspect
+    assert idle_in(ledger) == [entry]
+
+
+def test_a_full_server_costs_its_oldest_idle_connection() -> None:
+    """One of that server; nothing when there is none."""
+    ledger: Books = Ledger(9)
+    for key, server in (("far", "other"), ("a", "one"), ("b", "one")):
+        entry = granted(ledger, key, server=server)
+        ledger.opened(entry, "connection")
+        give_back(ledger, entry)
+    assert closed_by(ledger.evict("one")) == [("a", "server full")]
+    assert ledger.stats().evictions == 1
+    assert ledger.evict("unknown") is NOTHING
+
+
+def test_every_closing_has_a_reason() -> None:
+    """What is closed says why."""
+    ledger: Books = Ledger(2, Bounds(max_per_database=2))
+    first, second = (borrow(ledger, "a") for _ in range(2))
+    give_back(ledger, first)
+    assert closed_by(ledger.release(second, reusable=False)) == [("a", "broken")]
+    ledger.closed(second)
+    make_idle(ledger, "b")
+    assert [entry.reason for entry in granted(ledger, "c").close] == ["target"]
+    lost = borrow(ledger, "d")
+    ledger.reclaimed(lost)
+    assert ("d", "reclaimed") in closed_by(ledger.sweep())
+    assert closed_by(ledger.release(borrow(ledger, "e", Kind.TRANSIENT))) == [("e", "transient")]
+    kept = borrow(ledger, "f")
+    ledger.discard("f")
+    assert closed_by(ledger.release(kept)) == [("f", "disconnected")]
+
+
+def test_what_makes_room_under_a_bound_says_so() -> None:
+    """An eviction for a bound has that for a reason."""
+    ledger = bounded(9, max_connections=1)
+    make_idle(ledger, "a")
+    assert [entry.reason for entry in granted(ledger, "b").close] == ["bound"]
+
+
+def test_who_has_to_connect_to_a_server_that_is_down_fails_at_once() -> None:
+    """The answer is the outage; nothing is evicted for it, and other servers are not concerned."""
+    clocked = Clocked(pool_size=1)
+    (idle,) = make_idle(clocked.ledger, "a")
+    clocked.ledger.discard("a")
+    clocked.ledger.closed(idle)
+    clocked.refuse("a", server="down")
+    (kept,) = make_idle(clocked.ledger, "b")
+    wait = queued(clocked.ledger, "a", server="down")
+    assert wait.outage is not None
+    assert (wait.outage.cause, wait.outage.retry_at) == ("why", 0.1)
+    assert clocked.ledger.stats().waiting == 0
+    assert idle_in(clocked.ledger) == [kept]
+    assert clocked.ledger.give_up(wait) is None
+    assert granted(clocked.ledger, "c", server="other").state is State.CONNECTING
+
+
+def test_an_idle_connection_to_a_server_that_is_down_is_lent() -> None:
+    """Whoever has one may find that it answers."""
+    clocked = Clocked()
+    (entry,) = make_idle(clocked.ledger, "a")
+    clocked.refuse("b")
+    assert granted(clocked.ledger, "a") is entry
+
+
+def test_those_who_wait_hear_of_an_outage_at_once() -> None:
+    """A connect that is refused ends the waits of all who would have come after it."""
+    clocked = Clocked(max_connecting=1)
+    permit = granted(clocked.ledger, "a")
+    waits = [queued(clocked.ledger, key) for key in "bcd"]
+    step = clocked.ledger.failed(permit, Verdict.REFUSED, "why")
+    assert list(step.wake) == waits
+    assert all(wait.grant is None and wait.outage is not None for wait in waits)
+    assert clocked.ledger.stats().waiting == 0
+
+
+def test_a_probe_ends_an_outage() -> None:
+    """When it is due, one may connect; when that has worked, all may."""
+    clocked = Clocked()
+    clocked.refuse("a")
+    clocked.now = 0.1
+    probe = granted(clocked.ledger, "a")
+    assert queued(clocked.ledger, "b").outage is not None
+    clocked.ledger.opened(probe, "connection")
+    assert granted(clocked.ledger, "b").state is State.CONNECTING
+
+
+def test_a_forked_child_knows_of_no_outage() -> None:
+    """It finds out by itself."""
+    clocked = Clocked()
+    clocked.refuse("a")
+    clocked.ledger.abandon()
+    assert granted(clocked.ledger, "a").state is State.CONNECTING
+
+
+def test_how_long_the_busy_have_exceeded_the_target() -> None:
+    """From the moment at which one more than the target is busy until there are no more than that."""
+    clocked = Clocked(pool_size=1)
+    first = borrow(clocked.ledger, "a")
+    clocked.now = 1
+    assert clocked.ledger.stats().over_target == 0
+    second = borrow(clocked.ledger, "b")
+    clocked.now = 3
+    third = borrow(clocked.ledger, "c")
+    clocked.now = 4
+    assert clocked.ledger.stats().over_target == 3
+    give_back(clocked.ledger, second)
+    assert clocked.ledger.stats().over_target == 3
+    give_back(clocked.ledger, third)
+    assert clocked.ledger.stats().over_target == 0
+    give_back(clocked.ledger, first)
+
+
+def test_loans_are_listed_longest_first() -> None:
+    """Each with the seconds for which it has been held."""
+    clocked = Clocked()
+    (again,) = make_idle(clocked.ledger, "a")
+    first = borrow(clocked.ledger, "b")
+    clocked.now = 2
+    assert granted(clocked.ledger, "a") is again
+    clocked.now = 5
+    assert clocked.ledger.loans() == [(first, 5), (again, 3)]
+
+
 # The model
+
+
+class Down:
+    """A server that is down, in the model."""
+
+    def __init__(self, retry_at: float) -> None:
+        self.retry_at = retry_at
+        self.delay = 0.1
+        self.probe: Slot | None = None
 
 
 class Model:
     """Plain lists of what is where, and the rules of the design written out slowly."""
 
-    def __init__(self, pool_size: int, bounds: Bounds, at_a_time: int | None) -> None:
+    def __init__(self, pool_size: int, bounds: Bounds, ages: Ages, at_a_time: int | None) -> None:
         self.pool_size = pool_size
         self.bounds = bounds
+        self.ages = ages
         self.at_a_time = at_a_time
+        self.since: dict[Slot, int] = {}
+        self.born: dict[Slot, int] = {}
+        self.suspects: set[Slot] = set()
+        self.outages: dict[str, Down] = {}
+        self.timeouts: dict[str, int] = {}
+        self.over_since: int | None = None
         self.idle: list[Slot] = []
         self.in_use: list[Slot] = []
         self.connecting: list[Slot] = []
@@ -653,8 +896,38 @@ class Model:
             for scope in scopes_of(key)
         )
 
+    def is_refused(self, key: str, kind: Kind, now: int) -> bool:
+        """Whether a caller is told that the server is down: it would have to connect, and is not the probe."""
+        if kind is not Kind.TRANSIENT and any(entry.key == key for entry in self.idle):
+            return False
+        down = self.outages.get(server_of(key))
+        return down is not None and (down.probe is not None or now < down.retry_at)
+
+    def ended(self, permit: Slot, verdict: Verdict, now: int) -> None:
+        """Note what a connect that has ended says about its server."""
+        server = server_of(permit.key)
+        down = self.outages.get(server)
+        was_probe = down is not None and down.probe is permit
+        if verdict is Verdict.ANSWERED:
+            self.outages.pop(server, None)
+            self.timeouts[server] = 0
+        elif down is not None:
+            if was_probe:
+                down.probe = None
+                if verdict is not Verdict.UNKNOWN:
+                    down.delay = min(down.delay * 2, 2)
+                    down.retry_at = now + down.delay
+        elif verdict is not Verdict.UNKNOWN:
+            self.timeouts[server] = self.timeouts.get(server, 0) + 1
+            if verdict is Verdict.REFUSED or self.timeouts[server] == 3:
+                self.outages[server] = Down(now + 0.1)
+                self.timeouts[server] = 0
+
+    def is_old(self, entry: Slot, now: int) -> bool:
+        return now - self.born[entry] >= self.ages.max_lifetime * 0.95
+
     def may_have(self, key: str, kind: Kind, insistent: bool = False) -> bool:
-        """Whether a caller is served, rather than made to wait."""
+        """Whether a caller is served, rather than made to wait; apart from outages."""
         if kind is not Kind.TRANSIENT and any(entry.key == key for entry in self.idle):
             return True
         connecting = sum(entry.server == server_of(key) for entry in self.connecting)
@@ -668,7 +941,7 @@ class Model:
         self.closing += lost
         return lost
 
-    def grant(self, key: str, kind: Kind, entry: Slot, borrower: int, lost: Sequence[Slot] = ()) -> None:
+    def grant(self, key: str, kind: Kind, entry: Slot, borrower: int, now: int, lost: Sequence[Slot] = ()) -> None:
         """Check that *entry* is the one that had to be granted, with all that has to be closed before."""
         self.borrowers[entry] = borrower
         own = [idle for idle in self.idle if idle.key == key]
@@ -677,11 +950,18 @@ class Model:
             assert entry is own[-1]
             assert entry.kind is kind
             assert list(entry.close) == list(lost)
+            if now - self.since[entry] > self.ages.check_after:
+                self.suspects.add(entry)
+            assert entry.suspect is (entry in self.suspects)
+            self.since[entry] = now
             self.idle.remove(entry)
             self.in_use.append(entry)
             self.hits += 1
             return
         assert entry not in self.ever
+        assert not self.is_refused(key, kind, now)
+        if server_of(key) in self.outages:
+            self.outages[server_of(key)].probe = entry
         assert (entry.key, entry.kind, entry.server) == (key, kind, server_of(key))
         self.ever.append(entry)
         self.attempts += 1
@@ -693,11 +973,20 @@ class Model:
         if kind is not Kind.TRANSIENT:
             evicted += others[: max(0, self.counted + 1 - len(evicted) - self.pool_size)]
         assert list(entry.close) == [*lost, *evicted]
+        assert all(victim.reason in ("bound", "target") for victim in evicted)
         self.idle = [idle for idle in self.idle if idle not in evicted]
         self.connecting.append(entry)
         self.closing += evicted
         self.evictions += len(evicted)
         self.share(key, evicted)
+        self.note_target(now)
+
+    def note_target(self, now: int) -> None:
+        """Remember since when there has been more than the target."""
+        if self.counted <= self.pool_size:
+            self.over_since = None
+        elif self.over_since is None:
+            self.over_since = now
 
     def share(self, key: str, evicted: Sequence[Slot]) -> None:
         """Note in which scopes a victim gives its place to the permit for *key*."""
@@ -707,30 +996,37 @@ class Model:
                     self.given_up.setdefault(victim, []).append(scope)
                     break
 
-    def settle(self, step: Steps, close: Sequence[Slot] = (), heir: Place | None = None) -> None:
+    def settle(self, step: Steps, now: int, close: Sequence[Slot] = (), heir: Place | None = None) -> None:
         """Check what a step closes and whom it wakes."""
         expected = [*close, *self.take_over_lost()]
         self.closing += close
+        self.note_target(now)
         if heir is not None:
-            self.serve(heir)
+            self.serve(heir, now)
         served = []
         for wait in list(self.waiting):
             if wait is heir:
                 served.append(wait)
+            elif self.is_refused(wait.key, wait.kind, now):
+                assert wait.grant is None
+                assert wait.outage is not None
+                served.append(wait)
             elif self.may_have(wait.key, wait.kind, wait in self.insistent):
-                self.serve(wait)
+                self.serve(wait, now)
                 served.append(wait)
         self.waiting = [wait for wait in self.waiting if wait not in served]
         assert list(step.wake) == served
         while self.idle and self.counted > self.pool_size:
             expected.append(self.idle.pop(0))
             self.closing.append(expected[-1])
+            assert expected[-1].reason == "target"
+        self.note_target(now)
         assert list(step.close) == expected
 
-    def serve(self, wait: Place) -> None:
+    def serve(self, wait: Place, now: int) -> None:
         assert wait.grant is not None
         assert isinstance(wait.borrower, int)
-        self.grant(wait.key, wait.kind, wait.grant, wait.borrower)
+        self.grant(wait.key, wait.kind, wait.grant, wait.borrower, now)
 
     def heir_of(self, entry: Slot, now: int) -> Place | None:
         """Who is lent an entry that was just returned, past those who need its place; None if nobody is."""
@@ -763,6 +1059,8 @@ keys = st.sampled_from("abcde")
 numbers = st.integers(0, 20)
 borrowers = st.integers(0, 1)
 limits = st.sampled_from([None, None, 1, 2, 3])
+spans = st.sampled_from([math.inf, 2, 5, 9])
+verdicts = st.sampled_from([*Verdict, Verdict.UNKNOWN, Verdict.TIMED_OUT])
 
 
 class LedgerAgainstModel(RuleBasedStateMachine):
@@ -771,15 +1069,22 @@ class LedgerAgainstModel(RuleBasedStateMachine):
     @initialize(
         pool_size=st.integers(1, 4),
         bounds=st.builds(Bounds, limits, limits, limits, st.just(2)),
+        ages=st.builds(Ages, spans, spans, spans),
         at_a_time=st.sampled_from([None, 1, 2]),
         full=st.booleans(),
     )
-    def begin(self, pool_size: int, bounds: Bounds, at_a_time: int | None, full: bool) -> None:
+    def begin(self, pool_size: int, bounds: Bounds, ages: Ages, at_a_time: int | None, full: bool) -> None:
         self.now = self.borrower = 0
         self.ledger: Books = Ledger(
-            pool_size, bounds, max_connecting=at_a_time, borrower=lambda: self.borrower, clock=lambda: self.now
+            pool_size,
+            bounds,
+            ages,
+            max_connecting=at_a_time,
+            borrower=lambda: self.borrower,
+            clock=lambda: self.now,
+            jitter=lambda: 0.5,
         )
-        self.model = Model(pool_size, bounds, at_a_time)
+        self.model = Model(pool_size, bounds, ages, at_a_time)
         self.gone: list[Slot] = []
         for key in "abcd"[: pool_size * full]:
             if self.model.may_have(key, Kind.PINNED):
@@ -794,11 +1099,17 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         self.borrower = who
         answer = self.ledger.acquire(key, kind, server_of(key))
         lost = model.take_over_lost()
-        assert isinstance(answer, Entry) is model.may_have(key, kind)
+        model.note_target(self.now)
+        refused = model.is_refused(key, kind, self.now)
+        assert isinstance(answer, Entry) is (not refused and model.may_have(key, kind))
         if isinstance(answer, Entry):
-            model.grant(key, kind, answer, who, lost)
+            model.grant(key, kind, answer, who, self.now, lost)
             return
         assert list(answer.close) == lost
+        assert (answer.outage is not None) is refused
+        if refused:
+            assert not answer.held
+            return
         assert bool(answer.held) is model.is_hopeless(key, who)
         if answer.held:
             assert set(answer.held) == {entry for entry in model.in_use if model.borrowers[entry] == who}
@@ -836,19 +1147,22 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         step = self.ledger.opened(permit, f"connection {len(self.model.ever)}")
         self.model.connecting.remove(permit)
         self.model.in_use.append(permit)
+        self.model.born[permit] = self.model.since[permit] = self.now
+        self.model.ended(permit, Verdict.ANSWERED, self.now)
         if self.model.disposed:
             self.model.retired.append(permit)
-        self.model.settle(step)
+        self.model.settle(step, self.now)
 
     @precondition(lambda self: self.ready)
-    @rule(number=numbers)
-    def failed(self, number: int) -> None:
+    @rule(number=numbers, verdict=verdicts)
+    def failed(self, number: int, verdict: Verdict) -> None:
         permit = pick(self.ready, number)
-        step = self.ledger.failed(permit)
+        step = self.ledger.failed(permit, verdict)
         self.model.connecting.remove(permit)
+        self.model.ended(permit, verdict, self.now)
         self.model.failed += 1
         self.gone.append(permit)
-        self.model.settle(step)
+        self.model.settle(step, self.now)
 
     @property
     def borrowed(self) -> list[Slot]:
@@ -859,12 +1173,57 @@ class LedgerAgainstModel(RuleBasedStateMachine):
     def release(self, number: int, reusable: bool) -> None:
         model = self.model
         entry = pick(self.borrowed, number)
-        keep = reusable and entry not in model.retired and model.kinds[entry] is not Kind.TRANSIENT
+        why_not = {
+            "broken": not reusable,
+            "disconnected": entry in model.retired,
+            "transient": model.kinds[entry] is Kind.TRANSIENT,
+            "max_lifetime": model.is_old(entry, self.now),
+        }
+        reason = next((reason for reason, applies in why_not.items() if applies), None)
         step = self.ledger.release(entry, reusable)
         model.in_use.remove(entry)
-        if keep:
+        model.since[entry] = self.now
+        if reason is None:
             model.idle.append(entry)
-        model.settle(step, () if keep else (entry,), model.heir_of(entry, self.now) if keep else None)
+            model.settle(step, self.now, (), model.heir_of(entry, self.now))
+        else:
+            model.settle(step, self.now, (entry,))
+            assert entry.reason == reason
+
+    @precondition(lambda self: self.borrowed)
+    @rule(number=numbers)
+    def found_dead(self, number: int) -> None:
+        model = self.model
+        entry = pick(self.borrowed, number)
+        step = self.ledger.found_dead(entry)
+        model.suspects |= {other for other in model.idle + model.in_use if other.server == entry.server}
+        siblings = [other for other in model.idle if other.key == entry.key]
+        model.idle = [other for other in model.idle if other not in siblings]
+        model.settle(step, self.now, siblings)
+        assert all(sibling.reason == "sibling" for sibling in siblings)
+
+    @rule(key=keys)
+    def doubt(self, key: str) -> None:
+        self.ledger.doubt(server_of(key))
+        model = self.model
+        model.suspects |= {entry for entry in model.idle + model.in_use if entry.server == server_of(key)}
+
+    @precondition(lambda self: any(entry in self.model.suspects for entry in self.borrowed))
+    @rule(number=numbers)
+    def tested(self, number: int) -> None:
+        entry = pick([entry for entry in self.borrowed if entry in self.model.suspects], number)
+        entry.suspect = False
+        self.model.suspects.remove(entry)
+
+    @rule(key=keys)
+    def evict(self, key: str) -> None:
+        model = self.model
+        victims = [entry for entry in model.idle if entry.server == server_of(key)][:1]
+        step = self.ledger.evict(server_of(key))
+        model.idle = [entry for entry in model.idle if entry not in victims]
+        model.evictions += len(victims)
+        model.settle(step, self.now, victims)
+        assert all(victim.reason == "server full" for victim in victims)
 
     @precondition(lambda self: self.borrowed)
     @rule(number=numbers)
@@ -881,7 +1240,7 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         self.model.closing.remove(entry)
         self.model.closed += 1
         self.gone.append(entry)
-        self.model.settle(step)
+        self.model.settle(step, self.now)
 
     @rule(key=keys)
     def discard(self, key: str | None) -> None:
@@ -903,11 +1262,17 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         model.retired += [e for e in model.in_use + model.connecting if key in (None, e.key)]
         close = [entry for entry in model.idle if key in (None, entry.key)]
         model.idle = [entry for entry in model.idle if entry not in close]
-        model.settle(step, close)
+        model.settle(step, self.now, close)
 
     @rule()
     def sweep(self) -> None:
-        self.model.settle(self.ledger.sweep())
+        model = self.model
+        step = self.ledger.sweep()
+        unused = [entry for entry in model.idle if self.now - model.since[entry] >= model.ages.idle_timeout]
+        old = [entry for entry in model.idle if entry not in unused and model.is_old(entry, self.now)]
+        model.idle = [entry for entry in model.idle if entry not in unused + old]
+        model.settle(step, self.now, unused + old)
+        assert [entry.reason for entry in unused + old] == ["idle_timeout"] * len(unused) + ["max_lifetime"] * len(old)
 
     @precondition(lambda self: self.model.waiting)
     @rule(number=numbers)
@@ -922,17 +1287,20 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         wait = pick(self.model.waiting, number)
         grant = self.ledger.insist(wait)
         assert grant is wait.grant
-        assert (grant is not None) is self.model.may_have(wait.key, wait.kind, insistent=True)
+        refused = self.model.is_refused(wait.key, wait.kind, self.now)
+        assert (wait.outage is not None) is refused
+        assert (grant is not None) is (not refused and self.model.may_have(wait.key, wait.kind, insistent=True))
         self.model.insistent.append(wait)
-        if grant is not None:
+        if wait.is_over:
             self.model.waiting.remove(wait)
-            self.model.serve(wait)
+        if grant is not None:
+            self.model.serve(wait, self.now)
 
     def fork(self) -> None:
         model = self.model
         theirs = [*model.idle, *model.in_use]
         assert sorted(self.ledger.abandon()) == sorted(str(entry.connection) for entry in theirs)
-        self.model = Model(model.pool_size, model.bounds, model.at_a_time)
+        self.model = Model(model.pool_size, model.bounds, model.ages, model.at_a_time)
         for entry in theirs:
             self.ledger.reclaimed(entry)
             assert self.ledger.release(entry) is NOTHING
@@ -946,6 +1314,8 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         assert books.closing == len(model.closing)
         assert books.waiting == len(model.waiting)
         busy = model.in_use + model.connecting
+        over = model.over_since
+        assert books.over_target == (0 if over is None else self.now - over)
         assert books.transient == sum(model.kinds[entry] is Kind.TRANSIENT for entry in busy)
         assert (books.attempts, books.failed, books.closed) == (model.attempts, model.failed, model.closed)
         assert (books.hits, books.evictions, books.reclaimed) == (model.hits, model.evictions, model.reclaimed)
@@ -964,6 +1334,7 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         for scope in {scope for key in "abcde" for scope in scopes_of(key)}:
             assert model.sockets(scope) <= (model.limit(scope) or 99)
         assert not any(model.may_have(wait.key, wait.kind, wait in model.insistent) for wait in model.waiting)
+        assert not any(wait.server in model.outages and model.outages[wait.server].probe for wait in model.waiting)
 
     @invariant()
     def the_idle_ones_are_in_order(self) -> None:
@@ -1032,7 +1403,8 @@ def test_long_random_histories(seed: int | None) -> None:
     for _ in range(HISTORIES):
         per_server, per_key, total = (chance.choice([None, None, number]) for number in (2, 1, chance.randint(1, 3)))
         bounds = Bounds(total, per_server, per_key, max_overtake=2)
-        machine.begin(chance.randint(1, 4), bounds, chance.choice([None, 1]), full=True)
+        ages = Ages(*(chance.choice([math.inf, span]) for span in (6, 20, 4)))
+        machine.begin(chance.randint(1, 4), bounds, ages, chance.choice([None, 1]), full=True)
         for _ in range(50):
             step = chance.choice(WALK)
             if step(machine, chance) is None:
@@ -1048,7 +1420,10 @@ WALK: list[Callable[[LedgerAgainstModel, random.Random], Any]] = [
     *[lambda machine, chance: machine.borrowed and machine.release(chance.randrange(9), reusable=True)] * 4,
     lambda machine, chance: machine.borrowed and machine.release(chance.randrange(9), reusable=False),
     *[lambda machine, chance: machine.model.closing and machine.closed(chance.randrange(9))] * 3,
-    lambda machine, chance: machine.ready and machine.failed(chance.randrange(9)),
+    lambda machine, chance: machine.ready and machine.failed(chance.randrange(9), chance.choice([*Verdict])),
+    lambda machine, chance: machine.borrowed and machine.found_dead(chance.randrange(9)),
+    lambda machine, chance: machine.doubt(chance.choice("abcde")),
+    lambda machine, chance: machine.evict(chance.choice("abcde")),
     lambda machine, chance: machine.borrowed and machine.reclaimed(chance.randrange(9)),
     lambda machine, chance: machine.model.waiting and machine.give_up(chance.randrange(9)),
     lambda machine, chance: machine.model.waiting and machine.insist(chance.randrange(9)),
