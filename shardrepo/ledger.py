@@ -114,10 +114,13 @@ class Ledger(Generic[K, C]):
             lost = self._take_over_lost() if self._lost else ()
             idle = self._idle_of.get(key)
             if idle is not None and kind is not _TRANSIENT:
+                if lost:
+                    self._note_target()
                 return self._lend(idle, kind, self._borrower() if self._places.limits else None, lost)
             wait: Wait[K, C] = Wait(key, kind, server, self._borrower(), self._places.scopes(key, server), lost)
             # Whoever waits is blocked, and so is who needs the same: nobody is overtaken by this.
             grant = self._permit(wait)
+            self._note_target()
             if grant is not None:
                 grant.close = [*lost, *grant.close]
                 return grant
@@ -206,6 +209,7 @@ class Ledger(Generic[K, C]):
             wait.patient = False
             if not wait.is_over:
                 wait.grant = self._grant(wait)
+                self._note_target()
                 if wait.is_over:
                     self._waiting.remove(wait)
             return wait.grant
@@ -381,6 +385,7 @@ class Ledger(Generic[K, C]):
         wake = self._serve() if self._waiting else ()
         if self._idle and self._kept > self.pool_size:
             close = [*close, self._take(next(iter(self._idle)), "target")]
+        self._note_target()
         return Step(close, wake) if close or wake else NOTHING
 
     def _serve(self) -> list[Wait[K, C]]:
@@ -465,10 +470,13 @@ class Ledger(Generic[K, C]):
             self._transient += change
         else:
             self._kept += change
-            if self._kept <= self.pool_size:
-                self._over_since = None
-            elif self._over_since is None:
-                self._over_since = self._clock()
+
+    def _note_target(self) -> None:
+        """Remember since when the busy exceed the target. At the end of a step: in between, anything may be."""
+        if self._kept <= self.pool_size:
+            self._over_since = None
+        elif self._over_since is None:
+            self._over_since = self._clock()
 
     def _forget(self, entry: Entry[K, C]) -> None:
         self._places.leave(entry)

@@ -979,7 +979,6 @@ class Model:
         self.closing += evicted
         self.evictions += len(evicted)
         self.share(key, evicted)
-        self.note_target(now)
 
     def note_target(self, now: int) -> None:
         """Remember since when there has been more than the target."""
@@ -1000,7 +999,6 @@ class Model:
         """Check what a step closes and whom it wakes."""
         expected = [*close, *self.take_over_lost()]
         self.closing += close
-        self.note_target(now)
         if heir is not None:
             self.serve(heir, now)
         served = []
@@ -1099,12 +1097,13 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         self.borrower = who
         answer = self.ledger.acquire(key, kind, server_of(key))
         lost = model.take_over_lost()
-        model.note_target(self.now)
         refused = model.is_refused(key, kind, self.now)
         assert isinstance(answer, Entry) is (not refused and model.may_have(key, kind))
         if isinstance(answer, Entry):
             model.grant(key, kind, answer, who, self.now, lost)
+            model.note_target(self.now)
             return
+        model.note_target(self.now)
         assert list(answer.close) == lost
         assert (answer.outage is not None) is refused
         if refused:
@@ -1295,6 +1294,7 @@ class LedgerAgainstModel(RuleBasedStateMachine):
             self.model.waiting.remove(wait)
         if grant is not None:
             self.model.serve(wait, self.now)
+            self.model.note_target(self.now)
 
     def fork(self) -> None:
         model = self.model
