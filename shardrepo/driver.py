@@ -88,6 +88,15 @@ _SETTINGS: Final = ("row_factory", "cursor_factory", "server_cursor_factory", "p
 # What a statement may fail with because its connection is of an earlier time, see `is_outdated_by`.
 OUTDATED: Final = (FeatureNotSupported, ReadOnlySqlTransaction)
 
+# A peer that is gone is found out within a minute, where the system's own settings take two hours
+# (https://www.postgresql.org/docs/current/libpq-connect.html, keepalives; the last one is in milliseconds).
+_KEEPALIVE: Final = {
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+
 # Stands for the owner of a connection whose borrower was lost; no process has this number.
 _LOST: Final = -1
 
@@ -267,7 +276,7 @@ class Target:
     @classmethod
     def of(cls, database: Database, config: Config) -> Target:
         """Prepare connects to *database*. Raises `ConfigError` for a connection parameter that libpq does not know."""
-        parameters = {**dict(database.query), **config.connect_args}
+        parameters = {**_KEEPALIVE, **dict(database.query), **config.connect_args}
         prepare_threshold = parameters.pop("prepare_threshold", None if config.pgbouncer else 5)
         try:
             conninfo = make_conninfo(

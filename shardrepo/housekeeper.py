@@ -21,7 +21,7 @@ OVER_TARGET: Final = 1.0
 
 
 class Housekeeper:
-    """One daemon thread per cache, from the first connection on. It holds the ledger weakly.
+    """One daemon thread per cache, from the first connection until the ledger, which it holds weakly, is done with.
 
     Args:
         ledger: The books to look after.
@@ -45,10 +45,6 @@ class Housekeeper:
             self._thread = threading.Thread(target=self._run, name="shardrepo-housekeeper", daemon=True)
             self._thread.start()
 
-    def dismiss(self) -> None:
-        """End the thread."""
-        self._end.put(None)
-
     def _run(self) -> None:
         while True:
             try:
@@ -58,6 +54,8 @@ class Housekeeper:
                 if ledger is None:
                     return None
                 self._look_after(ledger)
+                if ledger.disposed and not ledger.loans():
+                    return None
                 del ledger
 
     def _look_after(self, ledger: Books) -> None:

@@ -631,7 +631,7 @@ def test_what_grows_old_in_use_is_closed_on_return() -> None:
     """A borrower keeps its connection, the next one does not get it."""
     clocked = Clocked(max_lifetime=100)
     entry = borrow(clocked.ledger, "a")
-    clocked.now = 200
+    clocked.now = 95
     assert clocked.ledger.sweep() is NOTHING
     assert closed_by(clocked.ledger.release(entry)) == [("a", "max_lifetime")]
 
@@ -767,6 +767,18 @@ def test_a_probe_ends_an_outage() -> None:
     assert queued(clocked.ledger, "b").outage is not None
     clocked.ledger.opened(probe, "connection")
     assert granted(clocked.ledger, "b").state is State.CONNECTING
+
+
+def test_a_probe_that_fails_is_followed_by_another() -> None:
+    """Each is due after twice the time."""
+    clocked = Clocked()
+    clocked.refuse("a")
+    clocked.now = 0.1
+    clocked.refuse("a")
+    clocked.now = 0.2
+    assert queued(clocked.ledger, "a").outage is not None
+    clocked.now = 0.3
+    assert granted(clocked.ledger, "a").state is State.CONNECTING
 
 
 def test_a_forked_child_knows_of_no_outage() -> None:
