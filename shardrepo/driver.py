@@ -26,7 +26,7 @@ from psycopg.errors import FeatureNotSupported, ReadOnlySqlTransaction
 
 from .config import Config
 from .context import deadline as call_deadline
-from .database import Database, Secret
+from .database import Database, Secret, digest
 from .errors import (
     AuthenticationError,
     ConfigError,
@@ -323,26 +323,26 @@ class _Reasons:
     """Why connects have failed of late: what fails again in the same words is not traced again."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[bytes, bytes, float]] = {}
+        self._found: dict[object, tuple[bytes, bytes, float]] = {}
 
-    def has(self, target: Target) -> bool:
-        """Whether a connect to *target* has failed within the last seconds."""
-        found = self._found.get(target.conninfo)
+    def has(self, login: object) -> bool:
+        """Whether this *login* (a target, and the digest of a password) has failed within the last seconds."""
+        found = self._found.get(login)
         return found is not None and monotonic() < found[2]
 
-    def explain(self, attempt: _Attempt, target: Target) -> bool:
+    def explain(self, attempt: _Attempt, login: object) -> bool:
         """Give *attempt* the trace of the one before, if that has failed in the same words."""
-        found = self._found.get(target.conninfo)
+        found = self._found.get(login)
         if found is None or monotonic() >= found[2] or found[0] != attempt.pgconn.error_message:
             return False
         attempt.trace = found[1]
         return True
 
-    def learn(self, attempt: _Attempt, target: Target) -> None:
+    def learn(self, attempt: _Attempt, login: object) -> None:
         """Remember why *attempt* has failed."""
         if len(self._found) >= _MAX_REASONS:
             self._found.clear()
-        self._found[target.conninfo] = attempt.pgconn.error_message, attempt.trace, monotonic() + _REASON_KEPT
+        self._found[login] = attempt.pgconn.error_message, attempt.trace, monotonic() + _REASON_KEPT
 
 
 _reasons: Final = _Reasons()
@@ -379,16 +379,17 @@ def _attempt(target: Target) -> _Attempt:
     database = target.database
     deadline = min(monotonic() + target.timeout, call_deadline.get() or math.inf)
     password = _password_of(database)
+    login = target.conninfo, digest(password)
     # PgBouncer makes up a new salt for each login, or has one per server behind it: no keys are good for the next one.
     takes_keys = _TAKES_KEYS and not target.pooled
     keys = _known.get(database, password) if takes_keys else None
-    traced = takes_keys and not _known.has(database, password) and not _reasons.has(target)
+    traced = takes_keys and not _known.has(database, password) and not _reasons.has(login)
     attempt = _try(target, password, keys, deadline, traced=traced)
-    if attempt.is_unexplained and not traced and not _reasons.explain(attempt, target):
+    if attempt.is_unexplained and not traced and not _reasons.explain(attempt, login):
         attempt.pgconn.finish()
         attempt, traced = _try(target, password, None, deadline, traced=True), True
     if attempt.is_unexplained and traced:
-        _reasons.learn(attempt, target)
+        _reasons.learn(attempt, login)
     if attempt.succeeded and traced and takes_keys:
         _known.learn(database, password, attempt.trace)
     return attempt

@@ -122,6 +122,22 @@ def test_only_the_first_connect_is_traced(
         assert len(traces) == (1 if takes_keys and password.isascii() else 0)
 
 
+def test_keys_that_have_grown_stale_are_not_taken_for_a_wrong_password(
+    make_repo: Callable[..., type[Repo]], database: str, server: Server, role: str
+) -> None:
+    """A wrong password that has just been refused says nothing of another one, whose keys the server has replaced."""
+    repo = make_repo(database)
+    alter(server, "first")
+    with repo.using(username=role, password="first"):
+        repo.ping()
+    alter(server, "second")
+    with repo.using(username=role, password="third"), pytest.raises(AuthenticationError):
+        repo.ping()
+    alter(server, "first")
+    with repo.using(username=role, password="first"):
+        repo.ping()
+
+
 def test_what_fails_again_is_not_traced_again(
     make_repo: Callable[..., type[Repo]], database: str, traces: list[str]
 ) -> None:

@@ -59,7 +59,7 @@ def open_connections(repo: type[Repo], count: int) -> list[int]:
 def test_killed_while_idle(
     make_repo: Callable[..., type[Repo]], servers: Servers, make_databases: Callable[..., list[str]]
 ) -> None:
-    """One call fails. Its siblings are closed, the others of the server are tested first; other servers have no part."""
+    """One call fails. Its siblings are closed, the others of the server tested first; other servers have no part."""
     server, other_server = servers[:2]
     names, (far,) = make_databases(3), make_databases(1, on=other_server)
     repo = make_repo(names[0], application_name="killed")
