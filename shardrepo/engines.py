@@ -86,7 +86,8 @@ class SharedDialect(PGDialect_psycopg):
         return connection
 
     def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
-        if self.listeners.query:
+        # SQLAlchemy asks its own first questions under a lock, under which no listener may use the repo.
+        if self.listeners.query and self.server_version is not None:
             with self._told(cursor, statement):
                 self._execute(cursor, statement, parameters, context)
         else:

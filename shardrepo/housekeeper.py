@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from typing import Final
 
-from .pool import Books, holder, perform
+from .pool import Books, CachedConnection, carry_out, holder, tell_closed
 
 logger: Final = logging.getLogger("shardrepo.pool")
 
@@ -37,6 +38,7 @@ class Housekeeper:
         ages = (ledger.ages.idle_timeout, ledger.ages.max_lifetime, warn_after or INTERVAL)
         self._interval = min(INTERVAL, PART * min(ages))
         self._thread: threading.Thread | None = None
+        self._telling: threading.Thread | None = None
         self._warned_of_target = False
 
     def attend(self) -> None:
@@ -60,11 +62,21 @@ class Housekeeper:
 
     def _look_after(self, ledger: Books) -> None:
         try:
-            perform(ledger, ledger.sweep())
+            self._tell(carry_out(ledger, ledger.sweep()))
             self._warn_of_leaks(ledger)
             self._warn_of_target(ledger)
         except Exception:
             logger.exception("the cache could not be looked after; the next try is in %s s", self._interval)
+
+    def _tell(self, closed: Sequence[CachedConnection]) -> None:
+        """Tell who listens, in a thread that they may hold up for as long as they like."""
+        if not any(record.pool.listeners.close or record.pool.listeners.evict for record in closed):
+            tell_closed(closed)
+        elif self._telling is not None and self._telling.is_alive():
+            logger.warning("a listener has not returned yet: nobody is told that %d more were closed", len(closed))
+        else:
+            self._telling = threading.Thread(target=tell_closed, args=(closed,), name="shardrepo-teller", daemon=True)
+            self._telling.start()
 
     def _warn_of_leaks(self, ledger: Books) -> None:
         if self._warn_after is None:

@@ -475,21 +475,25 @@ def record_of(connection: Connection) -> CachedConnection:
 
 
 def perform(ledger: Books, step: Step[object, CachedConnection]) -> None:
-    """Do what a step of the ledger leaves to do: wake who waits, close what has to go."""
+    """Do what a step of the ledger leaves to do: wake who waits, close what has to go, and tell of it."""
+    tell_closed(carry_out(ledger, step))
+
+
+def carry_out(ledger: Books, step: Step[object, CachedConnection]) -> Sequence[CachedConnection]:
+    """`perform`, without telling anybody; returns what was closed."""
     for wait in step.wake:
         wait.turn.set()
-    if step.close:
-        tell_closed(close(ledger, step.close))
+    return close(ledger, step.close)
 
 
 def close(ledger: Books, entries: Sequence[Entry[object, CachedConnection]]) -> Sequence[CachedConnection]:
-    """Close *entries*, all of them even when one is interrupted, and book each as closed. Tells nobody yet."""
+    """Close *entries*, all of them even when one is interrupted, and book each as closed; returns what was closed."""
     if not entries:
         return ()
     closed = [entry.connection for entry in entries if entry.connection is not None]
     with ExitStack() as rest:
         for entry in entries:
-            rest.callback(_close, ledger, entry)
+            rest.callback(_close, ledger, entry, closed)
     return closed
 
 
@@ -504,9 +508,9 @@ def tell_closed(closed: Sequence[CachedConnection]) -> None:
         listeners.tell("close", database, now - record.opened_at, reason=entry.reason)
 
 
-def _close(ledger: Books, entry: Entry[object, CachedConnection]) -> None:
+def _close(ledger: Books, entry: Entry[object, CachedConnection], closed: list[CachedConnection]) -> None:
     try:
         if entry.connection is not None:
             entry.connection.close()
     finally:
-        perform(ledger, ledger.closed(entry))
+        closed += carry_out(ledger, ledger.closed(entry))

@@ -1,0 +1,160 @@
+"""A call's own deadline: for everything that it does, and whatever the network does."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
+from typing import Any
+
+import pytest
+from psycopg import pq
+from sqlalchemy.exc import OperationalError
+
+from shardrepo import CheckoutTimeoutError, ConfigError, Repo, ServerUnavailableError, event
+from shardrepo.testing.servers import Server
+
+from ..conftest import await_connections, books_balance
+from ..models import Tag
+from ..proxy import Proxy
+
+pytestmark = pytest.mark.cache
+
+# What a call may take beyond its timeout, and what a busy machine may add to that.
+SLACK = 0.25 + 0.75
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    with Proxy(server) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def repo(make_repo: Callable[..., type[Repo]], server: Server, database: str, proxy: Proxy) -> type[Repo]:
+    url = server.url(database).set(host=proxy.host, port=proxy.port)
+    return make_repo(url=url, application_name="timed")
+
+
+def timed(call: Callable[[], Any], kind: type[Exception], seconds: float) -> Any:
+    """Check that a call fails as it should, and when; returns its error."""
+    begun = monotonic()
+    with pytest.raises(kind) as caught:
+        call()
+    assert seconds <= monotonic() - begun < seconds + SLACK
+    return caught.value
+
+
+def test_a_statement_that_takes_too_long(repo: type[Repo], server: Server, database: str) -> None:
+    """It is given up, the server stops it, its connection is closed, and others are served."""
+    told: list[event.Event] = []
+    event.listen(repo, "timeout", told.append)
+    with repo.call_options(timeout=0.3):
+        error = timed(lambda: repo.execute("SELECT pg_sleep(30)"), OperationalError, 0.3)
+    assert f"database: {repo.get_database().home}" in error.__notes__
+    if pq.version() >= 170000:
+        await_connections(server, "timed", [])
+    assert [each.reason for each in told] == ["no answer"]
+    assert repo.count(Tag) == 0
+    assert (repo.stats().in_use, books_balance(repo)) == (0, True)
+
+
+def test_a_network_that_falls_silent(repo: type[Repo], proxy: Proxy) -> None:
+    """Traffic stops on a live connection: its caller is freed in time, and service is back with the network."""
+    repo.count(Tag)
+    proxy.deafen()
+    with repo.call_options(timeout=0.3):
+        timed(lambda: repo.count(Tag), OperationalError, 0.3)
+    proxy.restore()
+    assert repo.count(Tag) == 0
+
+
+def test_a_connect_that_takes_too_long(repo: type[Repo], proxy: Proxy) -> None:
+    """The call's own deadline says nothing of the server: nobody else fails for it."""
+    proxy.deafen()
+    for _ in range(4):
+        with repo.call_options(timeout=0.1):
+            error = timed(lambda: repo.count(Tag), ServerUnavailableError, 0.1)
+        assert error.reason == "deadline"
+        assert "within the call's own timeout" in str(error)
+    proxy.restore()
+    assert repo.count(Tag) == 0
+
+
+def test_a_wait_that_takes_too_long(make_repo: Callable[..., type[Repo]], database: str) -> None:
+    """A bound is waited for no longer than the call may take."""
+    repo = make_repo(database, max_connections=1)
+
+    def wait() -> None:
+        with repo.call_options(timeout=0.3):
+            timed(lambda: repo.count(Tag), CheckoutTimeoutError, 0.3)
+
+    with ThreadPoolExecutor(1) as executor, repo.transaction():
+        executor.submit(wait).result(30)
+
+
+def test_in_a_transaction(repo: type[Repo]) -> None:
+    """Nothing of it is kept, and its thread can go on afterwards."""
+    with pytest.raises(OperationalError), repo.transaction():
+        repo.insert(Tag(label="lost"))
+        with repo.call_options(timeout=0.2):
+            repo.execute("SELECT pg_sleep(30)")
+    assert repo.all(Tag) == []
+    assert not repo.in_transaction()
+
+
+def test_the_next_has_no_deadline(repo: type[Repo]) -> None:
+    """Neither the next call on the same connection, nor the rest of a transaction."""
+    with repo.call_options(timeout=0.2):
+        pid = repo.execute("SELECT pg_backend_pid()").scalar_one()
+    assert repo.execute("SELECT pg_backend_pid() FROM pg_sleep(0.5)").scalar_one() == pid
+    with repo.transaction():
+        with repo.call_options(timeout=0.2):
+            repo.count(Tag)
+        repo.execute("SELECT pg_sleep(0.5)")
+        repo.insert(Tag(label="kept"))
+    assert repo.count(Tag) == 1
+
+
+def test_blocks_nest(repo: type[Repo]) -> None:
+    """The innermost counts; each is restored, on errors too."""
+    with repo.call_options(timeout=0.1):
+        with pytest.raises(ZeroDivisionError), repo.call_options(timeout=30):
+            repo.execute("SELECT pg_sleep(0.4)")
+            raise ZeroDivisionError
+        with pytest.raises(OperationalError):
+            repo.execute("SELECT pg_sleep(30)")
+    repo.execute("SELECT pg_sleep(0.2)")
+
+
+def test_tasks_inherit_and_other_repos_do_not(
+    repo: type[Repo], make_repo: Callable[..., type[Repo]], database: str
+) -> None:
+    """As with the choice of a database; it is one repo's."""
+    other = make_repo(database)
+
+    async def work() -> None:
+        with pytest.raises(OperationalError):
+            await asyncio.to_thread(repo.execute, "SELECT pg_sleep(30)")
+        await asyncio.to_thread(other.execute, "SELECT pg_sleep(0.3)")
+
+    with repo.call_options(timeout=0.1):
+        asyncio.run(work())
+
+
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, math.inf, True, "2", None])
+def test_what_is_no_timeout(repo: type[Repo], timeout: Any) -> None:
+    """It is refused before anything changes."""
+    with pytest.raises(ConfigError, match="timeout"):
+        repo.call_options(timeout=timeout)
+
+
+def test_a_silent_connection_is_found_by_the_system_too(repo: type[Repo]) -> None:
+    """Without a deadline of the call's, keepalives end it: they are asked for."""
+    repo.count(Tag)
+    (entry,) = repo._router.cache.ledger._idle
+    assert entry.connection is not None
+    parameters = entry.connection.dbapi_connection.info.get_parameters()
+    assert (parameters["keepalives_idle"], parameters["tcp_user_timeout"]) == ("30", "60000")
