@@ -18,7 +18,7 @@ VENV := .venv/$(VERSION)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all lint types bench clean
+.PHONY: demo test test-all lint types bench soak clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/python -m shardrepo demo $(ARGS)
@@ -41,6 +41,10 @@ types: $(VENV)/test.installed $(VENV)/types.installed
 
 bench: $(VENV)/test.installed $(VENV)/bench.installed
 	$(BIN)/python -m benchmarks --write $(ARGS)
+
+# The load while everything fails: make soak ARGS='--minutes 30'
+soak: $(VENV)/test.installed
+	$(BIN)/python -m benchmarks soak $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [warm cold checkout memory load] [--json] [--write]`: ten minutes or more."""
+"""`python -m benchmarks [warm cold checkout memory load] [--json] [--write]`: ten minutes or more; or `soak`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TypeAlias
 
-from . import checkout, cold, load, memory, warm
+from . import checkout, cold, load, memory, soak, warm
 from .ground import Ground, ground
 from .measure import Figure, MissingError, Skipped
 from .report import FIGURES, Results, Section, as_json, as_page, as_table, surroundings
@@ -22,6 +22,9 @@ BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["soak"]:
+        soak.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="benchmark", help=f"some of {', '.join(BENCHMARKS)}; all without")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -35,7 +38,7 @@ def main() -> None:
     results, about = measured(names)
     print(as_json(results, about) if arguments.json else "\n".join(as_table(results)))
     if arguments.write:
-        FIGURES.write_text(as_page(results, about), encoding="utf-8")
+        FIGURES.write_text(as_page(results, about) + soak.kept_section(), encoding="utf-8")
 
 
 def measured(names: list[str]) -> tuple[Results, dict[str, str]]:

@@ -252,15 +252,15 @@ class NoAnswer(psycopg.OperationalError):
 
 def _until(deadline: float, exchange: Any) -> Generator[Any, Any, Any]:
     """Go through an exchange with the server, as psycopg's own generators do, but not beyond *deadline*."""
-    awaited = next(exchange)
+    ready = None
     while True:
-        ready = yield awaited
-        if not ready and monotonic() >= deadline:
-            raise NoAnswer("the server did not answer in time")
         try:
             awaited = exchange.send(ready)
         except StopIteration as ended:
             return ended.value
+        ready = yield awaited
+        if not ready and monotonic() >= deadline:
+            raise NoAnswer("the server did not answer in time")
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,21 @@ def test_the_next_has_no_deadline(repo: type[Repo]) -> None:
     assert repo.count(Tag) == 1
 
 
+def test_what_is_in_time_is_as_without(repo: type[Repo]) -> None:
+    """Every way to end a unit of work, those in which nothing is sent included."""
+    with repo.call_options(timeout=30):
+        tag = repo.insert(Tag(label="a"))
+        repo.update(tag, label="b")
+        repo.update(tag, label="b")
+        repo.insert_all(Tag, [{"label": "c"}, {"label": "d"}])
+        with repo.transaction(), repo.savepoint():
+            repo.delete(tag)
+        with repo.session() as session:
+            session.add(Tag(label="e"))
+            session.commit()
+    assert sorted(tag.label for tag in repo.all(Tag)) == ["c", "d", "e"]
+
+
 def test_blocks_nest(repo: type[Repo]) -> None:
     """The innermost counts; each is restored, on errors too."""
     with repo.call_options(timeout=0.1):

@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy.engine import URL
 
 from shardrepo.demo.drivers import RepoDriver
-from shardrepo.demo.fleet import TEMPLATE, audit, create
+from shardrepo.demo.fleet import audit
 from shardrepo.demo.load import Load, Plan, trace
 from shardrepo.demo.record import Record, Recorder, samples_over
 from shardrepo.demo.sampler import INTERVAL, Interval, Sample, Sampler
@@ -30,7 +30,6 @@ from shardrepo.testing.servers import Servers
 from ..conftest import LONG
 
 OPERATIONS = 100_000 if LONG else 20_000
-DATABASES = 60
 POOL_SIZE = 20
 # The long run draws a database for each operation, and thereby misses three times as often.
 PLAN = Plan(threads=8, think=0.005, seconds=None, operations=OPERATIONS, visit=1 if LONG else 5)
@@ -50,17 +49,6 @@ class Run:
     samples: Sequence[Sample]
     checkouts: Sequence[Checkout]
     audit: Sequence[tuple[str, int, int]]
-
-
-@pytest.fixture(scope="module")
-def urls(servers: Servers) -> Iterator[list[URL]]:
-    """Sixty databases over three servers, with the demo's table and rows."""
-    made = create(servers, DATABASES, lambda _: None)
-    yield made
-    for server in servers:
-        for name in [url.database for url in made if url.port == server.port]:
-            server.drop_database(str(name))
-        server.drop_database(TEMPLATE)
 
 
 @pytest.fixture(scope="module")
