@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 from pathlib import Path
@@ -13,7 +14,10 @@ from typing import Final
 import sqlalchemy
 
 # Frames of these are not the user's.
-_LIBRARIES: Final = (str(Path(__file__).parent), str(Path(sqlalchemy.__file__ or "").parent), contextlib.__file__)
+_LIBRARIES: Final = (
+    *(str(Path(file or "").parent) + os.sep for file in (__file__, sqlalchemy.__file__)),
+    contextlib.__file__,
+)
 
 
 class CallSite:

@@ -215,16 +215,14 @@ class LedgerPool(Pool):
             closed: Sequence[CachedConnection] = ()
             try:
                 closed = self._close(grant)
-                if grant.connection is None:
-                    return self._open(grant)
-                if not grant.suspect or self._is_alive(grant):
-                    return grant.connection
+                record = self._opened(grant)
+                # Not before: others may wait until this one has connected.
+                tell_closed(closed)
+                if record is not None:
+                    return record
             except BaseException as error:
                 self._end(grant, error)
                 raise
-            finally:
-                # Not before: others may wait until this one has connected.
-                tell_closed(closed)
             perform(self.ledger, self.ledger.found_dead(grant))
             self._end(grant)
             again = self.ledger.acquire(self._key, self.kind, self._server)
@@ -232,6 +230,12 @@ class LedgerPool(Pool):
 
     def _do_return_conn(self, record: CachedConnection) -> None:  # type: ignore[override]  # what _do_get gave
         record.give_back()
+
+    def _opened(self, grant: Entry[object, CachedConnection]) -> CachedConnection | None:
+        """The connection of a grant, new or known to be alive; None if it is dead."""
+        if grant.connection is None:
+            return self._open(grant)
+        return grant.connection if not grant.suspect or self._is_alive(grant) else None
 
     def _open(self, entry: Entry[object, CachedConnection]) -> CachedConnection:
         if self.ledger.disposed:
@@ -276,16 +280,17 @@ class LedgerPool(Pool):
         from .driver import NoAnswer
 
         connection = entry.connection.dbapi_connection if entry.connection is not None else None
+        seconds = min(self.settings.connect_timeout, (deadline.get() or math.inf) - monotonic())
         try:
             if connection is None:
                 return False
-            connection.test(self.settings.connect_timeout)
+            connection.test(seconds)
         except NoAnswer as error:
             self.ledger.doubt(self._server)
             raise ServerUnavailableError(
-                f"no sign of life on a connection to {self.database.home} within "
-                f"connect_timeout={self.settings.connect_timeout} s; it was closed (check that the server runs)",
-                reason="timeout",
+                f"no sign of life on a connection to {self.database.home} within {seconds:.2f} s "
+                f"(connect_timeout={self.settings.connect_timeout}); it was closed: check that the server runs",
+                reason="timeout" if seconds == self.settings.connect_timeout else "deadline",
                 database=self.database,
                 orig=error,
             ) from error

@@ -182,21 +182,25 @@ def test_a_listener_that_blocks(
     assert books_balance(repo)
 
 
+@pytest.mark.parametrize("name", ["checkout", "connect", "evict", "close"])
 def test_a_listener_that_is_interrupted_loses_no_connection(
-    make_repo: Callable[..., type[Repo]], database: str
+    make_repo: Callable[..., type[Repo]], make_databases: Callable[..., list[str]], name: event.EventName
 ) -> None:
     """A signal's exception ends the call; the connection is closed, as nobody has it."""
-    repo = make_repo(database)
+    one, other = make_databases(2)
+    repo = make_repo(one, pool_size=1)
+    repo.count(Tag)
 
     def interrupt(_: event.Event) -> None:
         raise KeyboardInterrupt
 
-    event.listen(repo, "checkout", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    event.listen(repo, name, interrupt)
+    with repo.using(other), pytest.raises(KeyboardInterrupt):
         repo.count(Tag)
-    event.remove(repo, "checkout", interrupt)
-    assert (repo.stats().in_use, repo.stats().closed) == (0, 1)
+    event.remove(repo, name, interrupt)
+    assert (repo.stats().in_use, repo.stats().closed) == (0, 2)
     assert repo.count(Tag) == 0
+    assert books_balance(repo)
 
 
 def test_what_a_listener_does_is_told_to_nobody(make_repo: Callable[..., type[Repo]], database: str) -> None:
