@@ -87,6 +87,47 @@ def test_a_timeout_too_large_for_a_float_is_refused() -> None:
     assert "connect_timeout" in refused(connect_timeout=10**400)
 
 
+AGES = ["idle_timeout", "max_lifetime", "check_after", "warn_after"]
+
+
+@pytest.mark.parametrize("setting", AGES)
+@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan, 10**6, True, "5"])
+def test_an_age_that_is_no_duration_is_refused(setting: str, value: object) -> None:
+    """The message names the setting and the value; None is how to have none."""
+    message = refused(**{setting: value})
+    assert setting in message
+    assert repr(value) in message or str(value) in message
+
+
+@pytest.mark.parametrize("setting", AGES)
+def test_an_age_may_be_none(setting: str) -> None:
+    """Nothing ever happens then, on that account."""
+    config = Config.of({"url": URL, setting: None})
+    assert getattr(config, setting) is None
+    assert setting == "warn_after" or getattr(config.ages, setting) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer"),
+    [
+        ("pool_size", "max_connections"),
+        ("max_per_server", "max_connections"),
+        ("max_per_database", "max_connections"),
+        ("max_per_database", "max_per_server"),
+    ],
+)
+def test_bounds_that_contradict_are_refused(inner: str, outer: str) -> None:
+    """What could never be reached is a mistake, and both values are named; what is equal is none."""
+    assert refused(**{inner: 6, outer: 5}) == f"{inner}=6 is above {outer}=5: lower the one, or raise the other"
+    Config.of({"url": URL, inner: 5, outer: 5})
+
+
+def test_a_pool_is_no_larger_than_all_that_there_may_be() -> None:
+    """The default target gives way to a bound below it."""
+    assert Config.of({"url": URL, "max_connections": 5}).pool_size == 5
+    assert Config.of({"url": URL, "max_connections": 50}).pool_size == 20
+
+
 @pytest.mark.parametrize("setting", ["require_database", "pgbouncer"])
 @pytest.mark.parametrize("value", [1, 0, "yes", None])
 def test_a_flag_that_is_no_bool_is_refused(setting: str, value: object) -> None:
@@ -137,6 +178,8 @@ def test_engine_options_that_the_cache_decides_on_are_refused(name: str) -> None
         ("user_name", "username"),
         ("URL", None),
         ("max_overflow", "max_connections"),
+        ("pool_recycle", "max_lifetime"),
+        ("pool_pre_ping", "check_after"),
         ("pool_timeout", "checkout_timeout"),
     ],
 )
