@@ -1,8 +1,9 @@
 """Opening a connection with psycopg: under one deadline, and with a reason when it fails.
 
-Leans on four things that psycopg does not document, each tested in ``tests/test_private_api.py``: a
+Leans on six things that psycopg does not document, each tested in ``tests/test_private_api.py``: a
 `psycopg.Connection` can be made from a `psycopg.pq.PGconn`; it takes its adapters from ``_adapters``, and whether
-to begin a transaction from ``_autocommit``; and every exchange with the server goes through its method ``wait``.
+to begin a transaction from ``_autocommit``; every exchange with the server goes through its method ``wait``, which
+resumes it now and then while no answer comes; and ``_prepared`` has what is prepared, and forgets it.
 """
 
 from __future__ import annotations

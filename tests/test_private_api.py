@@ -11,6 +11,7 @@ import traceback
 import weakref
 from collections.abc import Iterator
 from contextlib import closing
+from time import monotonic
 from typing import Any
 
 import psycopg
@@ -19,7 +20,7 @@ from psycopg import pq
 from psycopg.adapt import AdaptersMap, Loader
 from sqlalchemy import create_engine, func, select, text
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import InstanceState, Session, joinedload
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool, Pool
@@ -27,7 +28,7 @@ from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord
 
 from shardrepo import AuthenticationError, ConnectError, Database, UnknownDatabaseError
 from shardrepo.config import Config
-from shardrepo.driver import DriverConnection, Target, _Trace, connect
+from shardrepo.driver import DriverConnection, NoAnswer, Target, _Trace, connect
 from shardrepo.engines import SharedDialect
 from shardrepo.ledger import Ledger
 from shardrepo.pool import _IDLE, _IN_TRANSACTION
@@ -165,6 +166,29 @@ def test_libpq_traces_into_a_memory_file(server: Server) -> None:
     pgconn.finish()
 
 
+def test_what_is_prepared_is_known_and_can_be_forgotten(connection: DriverConnection) -> None:
+    """`_prepared` has the names of prepared statements; once cleared, the server forgets them with the next exchange."""
+    connection.autocommit = True
+    listed = "SELECT count(*) FROM pg_prepared_statements WHERE statement LIKE '%seven%'"
+    connection.execute("SELECT 7 AS seven", prepare=True)
+    assert len(connection._prepared._names) == 1
+    assert connection.execute(listed, prepare=False).fetchone() == (1,)
+    connection.forget_statements()
+    assert len(connection._prepared._names) == 0
+    connection.execute("SELECT 1")
+    assert connection.execute(listed, prepare=False).fetchone() == (0,)
+
+
+def test_who_waits_is_told_that_nothing_has_come(connection: DriverConnection) -> None:
+    """psycopg resumes an exchange every tenth of a second, with a false value until the server has answered."""
+    connection.limit(monotonic() + 0.25)
+    begun = monotonic()
+    with pytest.raises(NoAnswer):
+        connection.execute("SELECT pg_sleep(30)")
+    assert 0.25 <= monotonic() - begun < 5
+    assert connection.closed
+
+
 # SQLAlchemy's pool
 
 
@@ -250,6 +274,42 @@ def test_a_failed_first_use_comes_back_without_a_borrower(probe: Probe) -> None:
     with pytest.raises(RuntimeError, match="dead"):
         probe.connect()
     assert probe.events == [("checkin", False, None), "return"]
+
+
+def test_a_record_is_asked_for_its_connection(probe: Probe) -> None:
+    """`get_connection` is where SQLAlchemy compares times of the wall clock; what it returns is what is lent."""
+
+    class Kept(Record):
+        def get_connection(self) -> Any:
+            probe.events.append("asked")
+            return self.dbapi_connection
+
+    probe._do_get = lambda: Kept(probe)  # type: ignore[method-assign]  # a record of ours
+    fairy = probe.connect()
+    assert probe.events == ["asked"]
+    assert fairy.cursor().execute("SELECT 1").fetchone() == (1,)
+    fairy.close()
+
+
+def test_a_pool_hears_that_a_connection_was_lost(server: Server) -> None:
+    """An engine calls `_invalidate` of its pool with the connection, its record in it, and the driver's error."""
+    heard: list[tuple[type, BaseException | None]] = []
+
+    class Hearing(Probe):
+        def _invalidate(self, connection: Any, exception: BaseException | None = None, _checkin: bool = True) -> None:
+            heard.append((type(connection._connection_record), exception))
+            connection.invalidate(exception)
+
+    engine = create_engine(server.url(), poolclass=Hearing)
+    with engine.connect() as connection:
+        pid = connection.scalar(select(func.pg_backend_pid()))
+        with server.connect() as other:
+            other.execute("SELECT pg_terminate_backend(%s, 30000)", (pid,))
+        with pytest.raises(OperationalError):
+            connection.execute(text("SELECT 1"))
+    ((record, error),) = heard
+    assert record is Record
+    assert isinstance(error, psycopg.OperationalError)
 
 
 def test_sqlalchemys_checkin_is_what_ours_takes_the_place_of() -> None:
