@@ -2,8 +2,8 @@
 
 Leans on six things that psycopg does not document, each tested in ``tests/test_private_api.py``: a
 `psycopg.Connection` can be made from a `psycopg.pq.PGconn`; it takes its adapters from ``_adapters``, and whether
-to begin a transaction from ``_autocommit``; every exchange with the server goes through its method ``wait``, which
-resumes it now and then while no answer comes; and ``_prepared`` has what is prepared, and forgets it.
+to begin a transaction from ``_autocommit``; every exchange with the server goes through its method ``wait``, as a
+generator that yields what to wait for and is sent what came; and ``_prepared`` has what is prepared, and forgets it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import re
 import selectors
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from time import monotonic
@@ -141,8 +141,8 @@ class DriverConnection(psycopg.Connection[Any]):
         if self._deadline is None:
             return super().wait(gen, *args, **kwargs)
         try:
-            return super().wait(_until(self._deadline, gen), *args, **kwargs)
-        except NoAnswer:
+            return _until(self._deadline, gen, self.pgconn.socket)
+        except (NoAnswer, KeyboardInterrupt):
             self._abort()
             raise
 
@@ -251,17 +251,21 @@ class NoAnswer(psycopg.OperationalError):
     """The server did not answer in time."""
 
 
-def _until(deadline: float, exchange: Any) -> Generator[Any, Any, Any]:
-    """Go through an exchange with the server, as psycopg's own generators do, but not beyond *deadline*."""
-    ready = None
-    while True:
-        try:
-            awaited = exchange.send(ready)
-        except StopIteration as ended:
-            return ended.value
-        ready = yield awaited
-        if not ready and monotonic() >= deadline:
-            raise NoAnswer("the server did not answer in time")
+def _until(deadline: float, exchange: Any, socket: int) -> Any:
+    """Go through an exchange with the server as psycopg's own `waiting.wait` does, but not beyond *deadline*."""
+    try:
+        awaited = next(exchange)
+        with selectors.DefaultSelector() as selector:
+            selector.register(socket, awaited)
+            while True:
+                found = selector.select(max(0.0, deadline - monotonic()))
+                if found:
+                    awaited = exchange.send(found[0][1])
+                    selector.modify(socket, awaited)
+                elif monotonic() >= deadline:
+                    raise NoAnswer("the server did not answer in time")
+    except StopIteration as ended:
+        return ended.value
 
 
 @dataclass(frozen=True, slots=True)

@@ -775,9 +775,9 @@ def test_a_probe_that_fails_is_followed_by_another() -> None:
     clocked.refuse("a")
     clocked.now = 0.1
     clocked.refuse("a")
-    clocked.now = 0.2
+    clocked.now = 0.29
     assert queued(clocked.ledger, "a").outage is not None
-    clocked.now = 0.3
+    clocked.now = 0.31
     assert granted(clocked.ledger, "a").state is State.CONNECTING
 
 
