@@ -104,7 +104,7 @@ class ServerUnavailableError(ConnectError):
         self, message: str, *, reason: Unavailable = "refused", retry_after: float = 0.0, **facts: Any
     ) -> None:
         super().__init__(message, **facts)
-        self.reason = reason
+        self.reason: Unavailable = reason
         self.retry_after = retry_after
 
 
