@@ -89,6 +89,12 @@ _SETTINGS: Final = ("row_factory", "cursor_factory", "server_cursor_factory", "p
 # What a statement may fail with because its connection is of an earlier time, see `is_outdated_by`.
 OUTDATED: Final = (FeatureNotSupported, ReadOnlySqlTransaction)
 
+# The server's own function that refuses a plan of an earlier time, before anything of it has run; no message tells,
+# as those are translated. And what a server reports that is read-only whatever a transaction asks for
+# (https://www.postgresql.org/docs/current/libpq-status.html#LIBPQ-PQPARAMETERSTATUS); a pooler may keep it to itself.
+_REVALIDATES: Final = "RevalidateCachedQuery"
+_READ_ONLY: Final = (b"default_transaction_read_only", b"in_hot_standby")
+
 # A peer that is gone is found out within a minute, where the system's own settings take two hours
 # (https://www.postgresql.org/docs/current/libpq-connect.html, keepalives; the last one is in milliseconds).
 _KEEPALIVE: Final = {
@@ -221,8 +227,9 @@ class DriverConnection(psycopg.Connection[Any]):
         read-only, as one does that another has taken over from.
         """
         if isinstance(error, ReadOnlySqlTransaction):
-            return None if self.read_only else "connection"
-        return "statements" if self._prepared._names else None
+            own = self.read_only or all(self.pgconn.parameter_status(name) == b"off" for name in _READ_ONLY)
+            return None if own else "connection"
+        return "statements" if error.diag.source_function == _REVALIDATES and self._prepared._names else None
 
     def forget_statements(self) -> None:
         """Drop what the server has prepared for this connection, before its next statement."""
