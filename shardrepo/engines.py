@@ -93,6 +93,9 @@ class SharedDialect(PGDialect_psycopg):
         else:
             self._execute(cursor, statement, parameters, context)
 
+    def do_execute_no_params(self, cursor: Any, statement: str, context: Any = None) -> None:
+        self.do_execute(cursor, statement, None, context)
+
     def do_executemany(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
         with self._told(cursor, statement):
             super().do_executemany(cursor, statement, parameters, context)  # type: ignore[no-untyped-call]  # SQLAlchemy's

@@ -212,16 +212,18 @@ class LedgerPool(Pool):
     def _prepare(self, grant: Entry[object, CachedConnection]) -> CachedConnection:
         """Do what a grant asks for: close what has to go first, then connect, or test what may be dead."""
         while True:
-            closed: Sequence[CachedConnection] = ()
+            closed: list[CachedConnection] = []
             try:
-                closed = self._close(grant)
-                record = self._opened(grant)
-                # Not before: others may wait until this one has connected.
-                tell_closed(closed)
+                closed += self._close(grant)
+                record = self._opened(grant, closed)
+                # Not before: others may wait until this one has connected, or failed to.
+                told, closed = closed, []
+                tell_closed(told)
                 if record is not None:
                     return record
             except BaseException as error:
                 self._end(grant, error)
+                tell_closed(closed)
                 raise
             perform(self.ledger, self.ledger.found_dead(grant))
             self._end(grant)
@@ -231,18 +233,20 @@ class LedgerPool(Pool):
     def _do_return_conn(self, record: CachedConnection) -> None:  # type: ignore[override]  # what _do_get gave
         record.give_back()
 
-    def _opened(self, grant: Entry[object, CachedConnection]) -> CachedConnection | None:
-        """The connection of a grant, new or known to be alive; None if it is dead."""
+    def _opened(
+        self, grant: Entry[object, CachedConnection], closed: list[CachedConnection]
+    ) -> CachedConnection | None:
+        """The connection of a grant, new or known to be alive; None if it is dead. Adds to what was *closed* for it."""
         if grant.connection is None:
-            return self._open(grant)
+            return self._open(grant, closed)
         return grant.connection if not grant.suspect or self._is_alive(grant) else None
 
-    def _open(self, entry: Entry[object, CachedConnection]) -> CachedConnection:
+    def _open(self, entry: Entry[object, CachedConnection], closed: list[CachedConnection]) -> CachedConnection:
         if self.ledger.disposed:
             raise self._disposed()
         begun = monotonic()
         try:
-            record = self._connect(entry)
+            record = self._connect(entry, closed)
         except BaseException as error:
             self._end(entry, error)
             self.listeners.tell("connect", self.database, monotonic() - begun, error=error)
@@ -256,24 +260,24 @@ class LedgerPool(Pool):
         self.listeners.tell("connect", self.database, seconds)
         return record
 
-    def _connect(self, entry: Entry[object, CachedConnection]) -> CachedConnection:
+    def _connect(self, entry: Entry[object, CachedConnection], closed: list[CachedConnection]) -> CachedConnection:
         try:
             return CachedConnection(self, entry)
         except ServerFullError:
-            if not self._make_room():
+            room = self._make_room()
+            if not room:
                 raise
+            closed += room
             return CachedConnection(self, entry)
 
-    def _make_room(self) -> bool:
-        """Close one idle connection to a server that is full; False if there is none."""
+    def _make_room(self) -> Sequence[CachedConnection]:
+        """Close one idle connection to a server that is full; nothing if there is none."""
         step = self.ledger.evict(self._server)
-        victims = [entry.connection for entry in step.close if entry.reason == "server full"]
         with ExitStack() as stack:
-            for record in victims:
+            for record in (entry.connection for entry in step.close if entry.reason == "server full"):
                 if record is not None and record.dbapi_connection is not None:
                     stack.enter_context(record.dbapi_connection.departure())
-            perform(self.ledger, step)
-        return bool(victims)
+            return carry_out(self.ledger, step)
 
     def _is_alive(self, entry: Entry[object, CachedConnection]) -> bool:
         """Test a connection. Raises when its server leaves the question open for as long as a connect may take."""

@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import suppress
+from typing import Any, Self
 
+import psycopg
 import pytest
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from shardrepo import CheckoutTimeoutError, ConfigError, Repo, UnknownDatabaseError, event
 from shardrepo.listeners import NAMES
-from shardrepo.testing.servers import Server
+from shardrepo.testing.servers import Server, start_servers
 
 from ..conftest import await_, await_connections, books_balance, run_sql
 from ..models import Tag
 
 pytestmark = pytest.mark.cache
+
+
+TERMINATE = "SELECT count(pg_terminate_backend(pid, 30000)) FROM pg_stat_activity WHERE application_name = %s"
+
+
+class Calls:
+    """Counts the calls of a method for a block, and keeps what they were called on."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.arguments: list[Any] = []
+        self._owner, self._name = owner, name
+
+    @property
+    def counted(self) -> int:
+        return len(self.arguments)
+
+    def __enter__(self) -> Self:
+        self._method = method = getattr(self._owner, self._name)
+
+        def called(this: Any, *args: Any, **kwargs: Any) -> Any:
+            self.arguments.append(this)
+            return method(this, *args, **kwargs)
+
+        setattr(self._owner, self._name, called)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        setattr(self._owner, self._name, self._method)
 
 
 class Diary:
@@ -94,6 +125,107 @@ def test_why_connections_are_closed(
         ("close", names[2], "disconnected"),
         ("close", names[0], "broken"),
     ]
+
+
+def test_evicted_for_a_connect_that_fails(
+    make_repo: Callable[..., type[Repo]], make_databases: Callable[..., list[str]]
+) -> None:
+    """What was closed to make room is told, whatever became of the room."""
+    (name,) = make_databases(1)
+    repo = make_repo(name, pool_size=1)
+    repo.count(Tag)
+    diary = Diary(repo)
+    with repo.using("absent"), pytest.raises(UnknownDatabaseError):
+        repo.count(Tag)
+    assert [(each.name, each.database.name) for each in diary.told] == [
+        ("connect", "absent"),
+        ("evict", name),
+        ("close", name),
+    ]
+
+
+def test_evicted_for_a_bound(make_repo: Callable[..., type[Repo]], make_databases: Callable[..., list[str]]) -> None:
+    """The reason is the bound, and the seconds are those that it was idle and open."""
+    names = make_databases(2)
+    repo = make_repo(names[0], max_connections=1)
+    diary = Diary(repo, "evict", "close")
+    for name in names:
+        with repo.using(name):
+            repo.count(Tag)
+    evicted, closed = diary.told
+    assert [(each.name, each.database.name, each.reason) for each in diary.told] == [
+        ("evict", names[0], "bound"),
+        ("close", names[0], "bound"),
+    ]
+    assert 0 < evicted.duration < closed.duration < 30
+
+
+def test_a_server_that_is_full(make_repo: Callable[..., type[Repo]]) -> None:
+    """One that makes room for a connect that the server refused is told when that connect is over."""
+    with start_servers(1, max_connections=8) as (small,):
+        repo = make_repo("postgres", on=small)
+        repo.execute("SELECT 1")
+        holders = []
+        with suppress(psycopg.OperationalError):
+            while True:
+                holders.append(small.connect())
+        connecting: list[int] = []
+        event.listen(repo, "evict", lambda _: connecting.append(repo.stats().connecting))
+        diary = Diary(repo)
+        with repo.using("template1"):
+            assert repo.execute("SELECT 1").scalar_one() == 1
+        for holder in holders:
+            holder.close()
+    assert [(each.name, each.database.name, each.reason) for each in diary.told[:3]] == [
+        ("connect", "template1", None),
+        ("evict", "postgres", "server full"),
+        ("close", "postgres", "server full"),
+    ]
+    assert connecting == [0]
+
+
+def test_one_dead_closes_its_siblings(make_repo: Callable[..., type[Repo]], server: Server, database: str) -> None:
+    """They are told as such, before the one that turned out to be dead."""
+    repo = make_repo(database, application_name="siblings")
+    with repo.transaction(), repo.detached(), repo.transaction():
+        repo.count(Tag)
+    diary = Diary(repo, "close")
+    run_sql(server, "postgres", TERMINATE, ("siblings",))
+    with pytest.raises(OperationalError):
+        repo.count(Tag)
+    assert [each.reason for each in diary.told] == ["sibling", "broken"]
+
+
+def test_a_lost_one_is_told_as_reclaimed(make_repo: Callable[..., type[Repo]], database: str) -> None:
+    """By whoever finds it next, never by the finaliser."""
+    repo = make_repo(database)
+    diary = Diary(repo, "close", "checkin")
+    lost = repo.engine().connect()
+    del lost
+    gc.collect()
+    assert diary.told == []
+    repo.count(Tag)
+    assert [(each.name, each.reason) for each in diary.told] == [("close", "reclaimed"), ("checkin", None)]
+
+
+def test_one_that_is_too_old_is_told(make_repo: Callable[..., type[Repo]], database: str) -> None:
+    """On its return, when it grew too old in use; it was open for as long as that."""
+    repo = make_repo(database, max_lifetime=0.1)
+    diary = Diary(repo, "close")
+    repo.execute("SELECT pg_sleep(0.2)")
+    (told,) = diary.told
+    assert (told.reason, told.duration >= 0.1) == ("max_lifetime", True)
+
+
+def test_every_way_to_execute_is_told(make_repo: Callable[..., type[Repo]], database: str) -> None:
+    """A statement that many rows go into is one event, and so is one that the driver gets without parameters."""
+    repo = make_repo(database)
+    diary = Diary(repo, "query")
+    repo.insert_all(Tag, [{"label": "a"}, {"label": "b"}])
+    with repo.engine().connect() as connection:
+        connection.execution_options(no_parameters=True).exec_driver_sql("SELECT 1")
+    told = [str(each.statement).partition(" ")[0] for each in diary.told]
+    assert told == ["INSERT", "SELECT"]
 
 
 def test_what_the_housekeeper_closes_is_told(make_repo: Callable[..., type[Repo]], database: str) -> None:
@@ -180,6 +312,83 @@ def test_a_listener_that_blocks(
         may_go.set()
         assert calls[0].result(30) == 0
     assert books_balance(repo)
+
+
+def idle(repo: type[Repo]) -> int:
+    """How many are idle, by the books alone: asking the repo for its stats would close what is too old itself."""
+    return repo._router.cache.ledger.stats().idle
+
+
+def test_the_housekeeper_waits_for_no_listener(
+    make_repo: Callable[..., type[Repo]],
+    make_databases: Callable[..., list[str]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It goes on closing; what cannot be told meanwhile is counted in the log; afterwards telling goes on."""
+    names = make_databases(3)
+    repo = make_repo(names[0], idle_timeout=0.1, warn_after=0.2)
+    blocked, may_go = threading.Event(), threading.Event()
+    told: list[str] = []
+
+    def block(happened: event.Event) -> None:
+        told.append(happened.database.name)
+        blocked.set()
+        assert may_go.wait(60)
+
+    def visit(name: str) -> None:
+        with repo.using(name):
+            repo.count(Tag)
+
+    event.listen(repo, "close", block)
+    visit(names[0])
+    assert blocked.wait(30)
+    visit(names[1])
+    await_(lambda: idle(repo) == 0)
+    with repo.transaction():
+        await_(lambda: any("has been held" in record.getMessage() for record in caplog.records))
+    assert any("nobody is told that 1 more were closed" in record.getMessage() for record in caplog.records)
+    assert told == names[:1]
+    tellers = [thread for thread in threading.enumerate() if thread.name == "shardrepo-teller"]
+    assert len(tellers) == 1
+    may_go.set()
+    tellers[0].join(30)
+    await_(lambda: idle(repo) == 0)
+    visit(names[2])
+    await_(lambda: told[-1] == names[2])
+
+
+def test_no_thread_tells_nobody(make_repo: Callable[..., type[Repo]], database: str) -> None:
+    """Without a listener what the housekeeper closes is told by nobody: no thread is started, no event made."""
+    repo = make_repo(database, idle_timeout=0.05)
+    event.listen(repo, "query", print)
+    event.remove(repo, "query", print)
+    with Calls(event.Event, "__init__") as made, Calls(threading.Thread, "start") as started:
+        for _ in range(3):
+            repo.insert(Tag(label=f"{_}"))
+            await_(lambda: idle(repo) == 0)
+    assert made.counted == 0
+    assert [thread.name for thread in started.arguments] == ["shardrepo-housekeeper"]
+
+
+def test_listeners_come_and_go_while_threads_work(make_repo: Callable[..., type[Repo]], database: str) -> None:
+    """One that is there all the time misses nothing, however many others come and go."""
+    repo = make_repo(database)
+    told: list[event.Event] = []
+    event.listen(repo, "checkin", told.append)
+
+    def work(number: int) -> None:
+        if number % 2:
+            repo.count(Tag)
+            return
+        seen: list[event.Event] = []
+        for _ in range(50):
+            event.listen(repo, "checkin", seen.append)
+            event.remove(repo, "checkin", seen.append)
+
+    with ThreadPoolExecutor(4) as executor:
+        list(executor.map(work, range(40)))
+    assert len(told) == 20
+    assert repo._router.listeners.checkin == (told.append,)
 
 
 @pytest.mark.parametrize("name", ["checkout", "connect", "evict", "close"])
