@@ -200,9 +200,14 @@ class DriverConnection(psycopg.Connection[Any]):
         self.execute("", prepare=False)
         self.rest()
 
-    def limit(self, deadline: float | None) -> None:
-        """Wait for no answer beyond *deadline*, on the clock of `time.monotonic`: then close, and raise `NoAnswer`."""
+    def limit(self, deadline: float | None) -> float | None:
+        """Wait for no answer beyond *deadline*, on the clock of `time.monotonic`: then close, and raise `NoAnswer`.
+
+        Returns the deadline that it had before.
+        """
+        before = self._deadline
         object.__setattr__(self, "_deadline", deadline)
+        return before
 
     def _abort(self) -> None:
         """Close, after asking the server to stop, which may go unheard."""
@@ -264,13 +269,13 @@ def _until(deadline: float, exchange: Any, socket: int) -> Any:
         awaited = next(exchange)
         with selectors.DefaultSelector() as selector:
             selector.register(socket, awaited)
-            while True:
-                found = selector.select(max(0.0, deadline - monotonic()))
+            # Also when something comes all the time: a result without end is no answer either.
+            while (left := deadline - monotonic()) > 0:
+                found = selector.select(left)
                 if found:
                     awaited = exchange.send(found[0][1])
                     selector.modify(socket, awaited)
-                elif monotonic() >= deadline:
-                    raise NoAnswer("the server did not answer in time")
+        raise NoAnswer("the server did not answer in time")
     except StopIteration as ended:
         return ended.value
 

@@ -456,11 +456,12 @@ def limited(connection: Connection, until: float) -> Iterator[None]:
     """Wait for no answer on *connection* beyond *until*, on the clock of `time.monotonic`: then it is closed."""
     dbapi_connection = record_of(connection).dbapi_connection
     assert dbapi_connection is not None
-    dbapi_connection.limit(until)
+    # A verb may be called in another one of the same transaction, by a listener.
+    before = dbapi_connection.limit(until)
     try:
         yield
     finally:
-        dbapi_connection.limit(None)
+        dbapi_connection.limit(before)
 
 
 def disown(connection: Connection) -> None:

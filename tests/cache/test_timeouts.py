@@ -13,11 +13,11 @@ import pytest
 from psycopg import pq
 from sqlalchemy.exc import OperationalError
 
-from shardrepo import CheckoutTimeoutError, ConfigError, Repo, ServerUnavailableError, event
+from shardrepo import CheckoutTimeoutError, ConfigError, Repo, ServerUnavailableError, TransactionDoomedError, event
 from shardrepo.testing.servers import Server
 
 from ..conftest import await_connections, books_balance
-from ..models import Tag
+from ..models import Dog, Tag
 from ..proxy import Proxy
 
 pytestmark = pytest.mark.cache
@@ -103,6 +103,72 @@ def test_in_a_transaction(repo: type[Repo]) -> None:
             repo.execute("SELECT pg_sleep(30)")
     assert repo.all(Tag) == []
     assert not repo.in_transaction()
+
+
+def test_a_result_without_end(repo: type[Repo]) -> None:
+    """Rows that come all the time are no answer yet: the call is over in time all the same."""
+    with repo.call_options(timeout=0.5):
+        timed(lambda: repo.execute("SELECT generate_series(1, 1000000000)"), OperationalError, 0.5)
+    assert repo.count(Tag) == 0
+
+
+def test_in_a_transaction_over_a_silent_network(repo: type[Repo], proxy: Proxy) -> None:
+    """What follows in it is told so at once, and nothing is sent for its end; its thread goes on afterwards."""
+    with pytest.raises(TransactionDoomedError, match="did not answer in time"), repo.transaction():
+        repo.insert(Tag(label="lost"))
+        proxy.deafen()
+        with repo.call_options(timeout=0.2):
+            timed(lambda: repo.count(Tag), OperationalError, 0.2)
+        timed(lambda: repo.count(Tag), TransactionDoomedError, 0)
+        timed(lambda: repo.insert(Tag(label="late")), TransactionDoomedError, 0)
+        with pytest.raises(TransactionDoomedError), repo.savepoint():
+            raise AssertionError
+        proxy.restore()
+        with repo.detached():
+            assert repo.count(Tag) == 0
+    assert not repo.in_transaction()
+    assert repo.insert(Tag(label="kept")).id is not None
+    assert [tag.label for tag in repo.all(Tag)] == ["kept"]
+    assert (repo.stats().in_use, books_balance(repo)) == (0, True)
+
+
+def test_a_connection_that_was_given_up_is_never_lent_again(repo: type[Repo], proxy: Proxy) -> None:
+    """Each call gets another one, and the late answer of one is never taken for that to another."""
+    seen: list[int] = []
+    for number in range(5):
+        seen.append(repo.execute("SELECT pg_backend_pid()").scalar_one())
+        assert repo.execute(f"SELECT {number}").scalar_one() == number
+        proxy.deafen()
+        with repo.call_options(timeout=0.1), pytest.raises(OperationalError):
+            repo.execute(f"SELECT 100 + {number}")
+        proxy.restore()
+    assert len(set(seen)) == 5
+    assert books_balance(repo)
+
+
+def test_others_on_the_server_go_on(repo: type[Repo], proxy: Proxy) -> None:
+    """A statement that takes too long closes its own connection; one in use and one idle stay what they are."""
+    mine = "SELECT pg_backend_pid()"
+    with repo.transaction():
+        in_use = repo.execute(mine).scalar_one()
+        with repo.detached(), repo.transaction():
+            idle = repo.execute(mine).scalar_one()
+            with repo.detached(), repo.call_options(timeout=0.2), pytest.raises(OperationalError):
+                repo.execute("SELECT pg_sleep(30)")
+        assert repo.execute(mine).scalar_one() == in_use
+        with repo.detached():
+            assert repo.execute(mine).scalar_one() == idle
+
+
+def test_a_verb_in_a_verb_takes_no_deadline_away(repo: type[Repo], server: Server, database: str) -> None:
+    """A listener's verb in the same transaction has its own; the rest of the other one still has its."""
+    event.listen(repo, "query", lambda _: repo.count(Tag))
+    with server.connect(database) as other:
+        other.autocommit = False
+        other.execute("LOCK TABLE dogs")
+        with pytest.raises(TransactionDoomedError), repo.transaction(), repo.call_options(timeout=0.3):
+            timed(lambda: repo.insert(Dog(breed="terrier")), OperationalError, 0.3)
+        other.rollback()
 
 
 def test_the_next_has_no_deadline(repo: type[Repo]) -> None:
