@@ -89,6 +89,8 @@ class Config:
             run in another session. Nothing is prepared then, and nothing reset. What your own SQL leaves in a session
             (`SET`, `LISTEN`, an advisory lock, a temporary table) stays there for whoever is given it next, other
             programs included: use what ends with its transaction, such as `SET LOCAL` and `pg_advisory_xact_lock`.
+        maintenance_database: The database of a server that is used for what concerns others of it: where libpq cannot
+            tell why a connect failed, the server is asked in it.
         application_name: How the connections name themselves to the server.
         connect_args: Further libpq parameters, and psycopg's ``prepare_threshold``.
         engine_options: Arguments for ``create_engine``, those of the pool excepted.
@@ -108,6 +110,7 @@ class Config:
     warn_after: float | None = None
     require_database: bool = False
     pgbouncer: bool = False
+    maintenance_database: str = "postgres"
     application_name: str = "shardrepo"
     connect_args: Mapping[str, Any] = field(default_factory=lambda: _EMPTY, repr=False)
     engine_options: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
@@ -287,6 +290,7 @@ _SETTINGS: Final[Mapping[str, Callable[[object], Any]]] = {
         for name in ("idle_timeout", "max_lifetime", "check_after", "warn_after")
     },
     **{name: _checked_flag(name) for name in ("require_database", "pgbouncer")},
+    "maintenance_database": lambda value: _checked_text("maintenance_database", value),
     "application_name": lambda value: _checked_text("application_name", value),
     "connect_args": _checked_mapping(
         "connect_args", _OWN_CONNECT_ARGS, "the config's own settings say where and how to connect"

@@ -23,8 +23,9 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.util import LRUCache
 
 from .config import Config
+from .connection import OUTDATED, DriverConnection
 from .database import Database
-from .driver import OUTDATED, DriverConnection, Target, connect
+from .driver import Target, connect
 from .entries import Kind
 from .errors import ServerUnavailableError
 from .housekeeper import Housekeeper

@@ -37,7 +37,7 @@ from .ledger import Ledger
 from .listeners import Listeners
 
 if TYPE_CHECKING:
-    from .driver import DriverConnection
+    from .connection import DriverConnection
 
 Books: TypeAlias = "Ledger[object, CachedConnection]"
 
@@ -281,7 +281,7 @@ class LedgerPool(Pool):
 
     def _is_alive(self, entry: Entry[object, CachedConnection]) -> bool:
         """Test a connection. Raises when its server leaves the question open for as long as a connect may take."""
-        from .driver import NoAnswer
+        from .connection import NoAnswer
 
         connection = entry.connection.dbapi_connection if entry.connection is not None else None
         seconds = min(self.settings.connect_timeout, (deadline.get() or math.inf) - monotonic())
@@ -400,7 +400,7 @@ class LedgerPool(Pool):
 
     def _invalidate(self, connection: Any, exception: BaseException | None = None, _checkin: bool = True) -> None:
         # SQLAlchemy's own would mark every older connection of this database, by the wall clock.
-        from .driver import NoAnswer
+        from .connection import NoAnswer
 
         record = connection._connection_record
         if isinstance(exception, NoAnswer):

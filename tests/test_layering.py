@@ -20,7 +20,7 @@ LAYERS = [
     {"log"},
     {"entries"},
     {"database", "places"},
-    {"config", "context", "scram", "ledger", "listeners"},
+    {"config", "context", "scram", "ledger", "listeners", "connection", "diagnosis"},
     {"driver"},
     {"pool"},
     {"housekeeper"},
@@ -40,7 +40,11 @@ LAYERS = [
 FOR_TYPES = {("errors", "database"), ("log", "repo")}
 
 # The modules that may load what stands behind them; nothing else may, at import or later.
-OWNERS = {"psycopg": {"driver", "testing"}, "alembic": {"fleet"}, "pytest": {"pytest_plugin", "testing"}}
+OWNERS = {
+    "psycopg": {"connection", "diagnosis", "driver", "testing"},
+    "alembic": {"fleet"},
+    "pytest": {"pytest_plugin", "testing"},
+}
 
 LATER = ("alembic", "pytest", "typer", "rich", "matplotlib", "hypothesis", "factory", "psycopg", "psycopg_binary")
 

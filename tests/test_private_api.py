@@ -28,7 +28,9 @@ from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord
 
 from shardrepo import AuthenticationError, ConnectError, Database, UnknownDatabaseError
 from shardrepo.config import Config
-from shardrepo.driver import DriverConnection, NoAnswer, Target, _Trace, connect
+from shardrepo.connection import DriverConnection, NoAnswer
+from shardrepo.diagnosis import Trace
+from shardrepo.driver import Target, connect
 from shardrepo.engines import SharedDialect
 from shardrepo.ledger import Ledger
 from shardrepo.pool import _IDLE, _IN_TRANSACTION
@@ -157,7 +159,7 @@ def test_libpqs_trace_tells_the_sqlstate(
 def test_libpq_traces_into_a_memory_file(server: Server) -> None:
     """`PGconn.trace` takes a file's number, writes what the server says, and `untrace` flushes it."""
     pgconn = pq.PGconn.connect_start(conninfo(server, "no such database"))
-    with _Trace(pgconn) as trace:
+    with Trace(pgconn) as trace:
         while (polled := pgconn.connect_poll()) not in (pq.PollingStatus.OK, pq.PollingStatus.FAILED):
             assert polled in (pq.PollingStatus.READING, pq.PollingStatus.WRITING)
         written = trace.read()

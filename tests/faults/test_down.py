@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +11,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
+from psycopg import pq
 from sqlalchemy.exc import OperationalError
 
 from shardrepo import Repo, ServerUnavailableError
@@ -209,3 +212,29 @@ def test_a_server_that_is_stopped_and_started(
         assert len(connections_of(server, "stopped")) == 1
         repo.disconnect_all()
         await_connections(server, "stopped", [])
+
+
+def test_a_server_that_lets_nobody_in_yet(make_repo: Callable[..., type[Repo]]) -> None:
+    """One that starts up or shuts down says so: it counts as down from the first time, what is open goes on."""
+    with start_servers(1) as (server,):
+        repo = make_repo("postgres", on=server)
+        with repo.transaction():
+            pid = repo.execute("SELECT pg_backend_pid()").scalar_one()
+            assert server.process_id is not None
+            os.kill(server.process_id, signal.SIGTERM)  # it ends when its last client has gone
+            await_(lambda: "stopping" in (server.data_directory / "postmaster.pid").read_text())
+            with repo.using("template1"):
+                for reason in ("starting", "down"):
+                    with pytest.raises(ServerUnavailableError, match="shutting down") as caught:
+                        repo.execute("SELECT 1")
+                    assert caught.value.reason == reason
+            assert repo.execute("SELECT pg_backend_pid()").scalar_one() == pid
+        repo.disconnect_all()
+        await_(lambda: not server.running)
+        server.start()
+        await_(lambda: is_back(repo, at(server, "postgres", server.password)))
+
+
+# Before version 18, libpq does not tell that a server lets nobody in yet: a plain ConnectError.
+if pq.version() < 180000:
+    del test_a_server_that_lets_nobody_in_yet

@@ -7,6 +7,7 @@ import io
 import logging
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -84,7 +85,7 @@ def test_a_record_is_its_threads_and_its_tasks(repo: type[Repo], written: io.Str
 @pytest.mark.parametrize("config", [{"host": "db01"}, {"url": "postgresql://db01/app", "require_database": True}])
 def test_a_record_without_a_choice_has_dashes(config: dict[str, object]) -> None:
     """Where a verb would raise, logging does not."""
-    repo = type("App", (Repo,), {}, config=config)
+    repo: Any = type("App", (Repo,), {}, config=config)
     record = logging.makeLogRecord({"msg": "early"})
     assert DatabaseFilter(repo).filter(record)
     assert (record.database, record.server) == ("-", "-")  # type: ignore[attr-defined]
