@@ -12,12 +12,12 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, Final, Generic, ParamSpec, TypeVar
 
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine import Transaction as SQLTransaction
@@ -36,23 +36,20 @@ deadline: Final[ContextVar[float | None]] = ContextVar("shardrepo deadline", def
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Selection:
-    """The choice of a context, and the `using` block that it stands in."""
+class Selection(Generic[T]):
+    """What a context has chosen, and the block that it stands in."""
 
-    choice: Choice | None = None
-    block: Block | None = None
-
-
-_NOTHING: Final = Selection()
+    value: T | None = None
+    block: Block[T] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Block:
-    """One `using` block: what was selected where it was entered."""
+class Block(Generic[T]):
+    """One `using` or `call_options` block: what was selected where it was entered."""
 
-    outer: Selection
+    outer: Selection[T]
 
-    def encloses(self, selection: Selection) -> bool:
+    def encloses(self, selection: Selection[T]) -> bool:
         """Whether *selection* was made inside this block, however deep."""
         block = selection.block
         while block is not None and block is not self:
@@ -152,10 +149,10 @@ class Transaction:
         self.check_usable()
 
     @contextmanager
-    def savepoint(self) -> Iterator[None]:
-        """Run a block whose failure undoes the block alone."""
+    def savepoint(self, limited: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+        """Run a block whose failure undoes the block alone; its own statements each in a *limited* block."""
         self.check_usable()
-        with self.watch():
+        with self.watch(), limited():
             level = Level(self.connection.begin_nested())
         self._levels.append(level)
         try:
@@ -163,11 +160,11 @@ class Transaction:
             self.check_usable()
         except BaseException:
             self._levels.pop()
-            with self._dooming():
+            with self._dooming(), limited():
                 _roll_back(level.handle)
             raise
         self._levels.pop()
-        with self._dooming():
+        with self._dooming(), limited():
             level.handle.commit()
 
     def commit(self) -> None:
@@ -210,58 +207,38 @@ class Context:
     """The choice and the transactions of whoever is running, for one repo."""
 
     def __init__(self, name: str) -> None:
-        self._selection: ContextVar[Selection] = ContextVar(f"{name} choice", default=_NOTHING)
+        self._choice: ContextVar[Selection[Choice]] = ContextVar(f"{name} choice", default=Selection())  # noqa: B039  # frozen
+        self._timeout: ContextVar[Selection[float]] = ContextVar(f"{name} timeout", default=Selection())  # noqa: B039
         self._transaction: ContextVar[Transaction | None] = ContextVar(f"{name} transaction", default=None)
-        self._timeout: ContextVar[float | None] = ContextVar(f"{name} timeout", default=None)
 
     @property
     def choice(self) -> Choice | None:
         """What is chosen; None when nothing is."""
-        return self._selection.get().choice
+        return self._choice.get().value
 
     def choose(self, choice: Choice | None) -> Choice | None:
         """Choose for what this thread or task does from now on; returns what was chosen before."""
-        before = self._selection.get()
-        self._selection.set(replace(before, choice=choice))
-        return before.choice
+        before = self._choice.get()
+        self._choice.set(replace(before, value=choice))
+        return before.value
 
-    @contextmanager
-    def using(self, choice: Choice | None) -> Iterator[None]:
+    def using(self, choice: Choice | None) -> AbstractContextManager[None]:
         """Choose for the block. On every way out, what was chosen before it is chosen again, by value.
 
         Never raises when it is left in another context than it was entered in, as happens when a web
         framework runs both halves of a dependency in copies of a context: there is nothing to restore
         there, and the choice never reached the code in between, which is logged as an error.
         """
-        before = self._selection.get()
-        block = Block(before)
-        self._selection.set(Selection(choice, block))
-        try:
-            yield
-        finally:
-            if block.encloses(self._selection.get()):
-                self._selection.set(before)
-            else:
-                logger.error(
-                    "a using(%r) block was left in another context than it was entered in: what ran in "
-                    "between may not have seen its choice. Choose in a middleware around the handler instead",
-                    choice,
-                )
+        return _scoped(self._choice, choice, f"using({choice!r})")
 
     @property
     def timeout(self) -> float | None:
         """Seconds that a call may take here; None for no limit."""
-        return self._timeout.get()
+        return self._timeout.get().value
 
-    @contextmanager
-    def limited(self, timeout: float | None) -> Iterator[None]:
-        """Let each call in the block take *timeout* seconds."""
-        before = self._timeout.get()
-        self._timeout.set(timeout)
-        try:
-            yield
-        finally:
-            self._timeout.set(before)
+    def limited(self, timeout: float | None) -> AbstractContextManager[None]:
+        """Let each call in the block take *timeout* seconds; left in another context, it is as `using` is."""
+        return _scoped(self._timeout, timeout, f"call_options(timeout={timeout})")
 
     @property
     def has_transactions(self) -> bool:
@@ -313,20 +290,39 @@ class Context:
                 f"carry() takes a plain function, and {function!r} runs after it has returned: "
                 "use `with repo.using(...)` inside it"
             )
-        selection, transaction = self._selection.get(), self._transaction.get()
+        choice, transaction = self._choice.get(), self._transaction.get()
 
         @wraps(function)
         def carried(*args: P.args, **kwargs: P.kwargs) -> T:
-            before, outer = self._selection.get(), self._transaction.get()
-            self._selection.set(selection)
+            before, outer = self._choice.get(), self._transaction.get()
+            self._choice.set(choice)
             self._transaction.set(transaction)
             try:
                 return function(*args, **kwargs)
             finally:
-                self._selection.set(before)
+                self._choice.set(before)
                 self._transaction.set(outer)
 
         return carried
+
+
+@contextmanager
+def _scoped(variable: ContextVar[Selection[T]], value: T | None, shown: str) -> Iterator[None]:
+    """Select *value* for the block, and what was selected before it at its end."""
+    before = variable.get()
+    block = Block(before)
+    variable.set(Selection(value, block))
+    try:
+        yield
+    finally:
+        if block.encloses(variable.get()):
+            variable.set(before)
+        else:
+            logger.error(
+                "a %s block was left in another context than it was entered in: what ran in between may not have "
+                "seen it. Enter it in a middleware around the handler instead",
+                shown,
+            )
 
 
 def _runs_later(function: object) -> bool:

@@ -452,10 +452,12 @@ def autocommit(connection: Connection) -> None:
 
 
 @contextmanager
-def limited(connection: Connection, until: float) -> Iterator[None]:
+def limited(connection: Connection, until: float | None) -> Iterator[None]:
     """Wait for no answer on *connection* beyond *until*, on the clock of `time.monotonic`: then it is closed."""
-    dbapi_connection = record_of(connection).dbapi_connection
-    assert dbapi_connection is not None
+    dbapi_connection = None if until is None or connection.invalidated else record_of(connection).dbapi_connection
+    if dbapi_connection is None:
+        yield
+        return
     # A verb may be called in another one of the same transaction, by a listener.
     before = dbapi_connection.limit(until)
     try:

@@ -271,14 +271,16 @@ class Repo:
 
     @classmethod
     def call_options(cls, *, timeout: float) -> AbstractContextManager[None]:
-        """Give each verb in the block *timeout* seconds in all: to get a connection, and for its statements.
+        """Give each call in the block *timeout* seconds in all: to get a connection, and for its statements.
 
             >>> with MyRepo.call_options(timeout=2.0):                              # doctest: +SKIP
             ...     MyRepo.all(Report)
 
         One that takes longer is given up within a quarter of a second: the server is asked to stop, the connection
         is closed, and `sqlalchemy.exc.OperationalError` is raised, `CheckoutTimeoutError` or `ServerUnavailableError`
-        if there was no connection yet. Blocks nest; the innermost counts. Tasks inherit it, threads do not.
+        if there was no connection yet. Entering a `transaction` or a `savepoint`, and leaving it, are calls of their
+        own; what is done with a `session` or an `engine` keeps its own time. Whether a COMMIT that was given up took
+        place, nobody knows. Blocks nest; the innermost counts. Tasks inherit it, threads do not.
 
         Raises:
             ConfigError: The timeout is no number of seconds above 0.

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
@@ -194,10 +194,9 @@ class Router:
     def _connection(self, database: Database) -> Iterator[Connection]:
         """The connection of the caller's transaction on *database*, else one of the cache's."""
         transaction = self.context.transaction(database)
-        timeout = self.context.timeout
         try:
-            if timeout is not None:
-                with self._limited_connection(database, transaction, timeout) as connection:
+            if self.context.timeout is not None:
+                with self._limited_connection(database, transaction) as connection:
                     yield connection
             elif transaction is not None:
                 with transaction.watch():
@@ -211,13 +210,9 @@ class Router:
             raise
 
     @contextmanager
-    def _limited_connection(
-        self, database: Database, transaction: Transaction | None, timeout: float
-    ) -> Iterator[Connection]:
-        """The same for a call that has *timeout* seconds in all: to get a connection, and for its statements."""
-        before, until = deadline.get(), monotonic() + timeout
-        deadline.set(until)
-        try:
+    def _limited_connection(self, database: Database, transaction: Transaction | None) -> Iterator[Connection]:
+        """The same for a call that has so many seconds in all: to get a connection, and for its statements."""
+        with self._timed() as until:
             if transaction is not None:
                 with transaction.watch(), limited(transaction.connection, until):
                     yield transaction.connection
@@ -225,8 +220,23 @@ class Router:
                 with self.cache.engine(database).connect() as connection, limited(connection, until):
                     vouch(connection)
                     yield connection
+
+    @contextmanager
+    def _timed(self) -> Iterator[float | None]:
+        """Give a call the seconds that `call_options` says; yields when it has to be over, None for never."""
+        timeout = self.context.timeout
+        before, until = deadline.get(), None if timeout is None else monotonic() + timeout
+        deadline.set(until)
+        try:
+            yield until
         finally:
             deadline.set(before)
+
+    @contextmanager
+    def _limited(self, connection: Connection) -> Iterator[None]:
+        """Give what the block sends on *connection* the time of one call."""
+        with self._timed() as until, limited(connection, until):
+            yield
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -237,7 +247,9 @@ class Router:
             with joined.joined():
                 yield
             return
-        with self.cache.engine(database).connect() as connection:
+        with self._timed():
+            connection = self.cache.engine(database).connect()
+        with connection:
             vouch(connection)
             with self.context.entered(database, connection) as transaction:
                 try:
@@ -245,9 +257,11 @@ class Router:
                     if is_aborted(connection):
                         # PostgreSQL would answer a COMMIT with a ROLLBACK, and call it a success.
                         transaction.doom(PendingRollbackError("a statement of a session that had joined it failed"))
-                    transaction.commit()
+                    with self._limited(connection):
+                        transaction.commit()
                 except BaseException:
-                    transaction.rollback()
+                    with self._limited(connection):
+                        transaction.rollback()
                     raise
 
     @contextmanager
@@ -259,7 +273,7 @@ class Router:
             raise NotInTransactionError(
                 f"a savepoint needs an open transaction on {database.home}: wrap it in `with repo.transaction():`"
             )
-        with transaction.savepoint():
+        with transaction.savepoint(partial(self._limited, transaction.connection)):
             yield
 
     def in_transaction(self) -> bool:
@@ -286,7 +300,7 @@ class Router:
     def ping(self) -> float:
         """Open a connection, ask one question, close it; the seconds that it took."""
         begun = perf_counter()
-        with self.cache.transient(self.current) as connection:
+        with self._timed() as until, self.cache.transient(self.current) as connection, limited(connection, until):
             vouch(connection)
             autocommit(connection)
             connection.execute(text("SELECT 1"))

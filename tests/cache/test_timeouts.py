@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +131,85 @@ def test_in_a_transaction_over_a_silent_network(repo: type[Repo], proxy: Proxy) 
     assert repo.insert(Tag(label="kept")).id is not None
     assert [tag.label for tag in repo.all(Tag)] == ["kept"]
     assert (repo.stats().in_use, books_balance(repo)) == (0, True)
+
+
+def test_the_ends_of_a_transaction(repo: type[Repo], proxy: Proxy) -> None:
+    """To enter it, and to leave it either way, are calls of their own, each with its deadline."""
+
+    def enter() -> None:
+        with repo.transaction():
+            raise AssertionError
+
+    def leave(label: str, error: type[Exception] | None = None) -> None:
+        proxy.restore()
+        with repo.transaction():
+            repo.insert(Tag(label=label))
+            proxy.deafen()
+            if error is not None:
+                raise error
+
+    proxy.deafen()
+    with repo.call_options(timeout=0.3):
+        timed(enter, ServerUnavailableError, 0.3)
+        timed(lambda: leave("kept or lost"), OperationalError, 0.3)
+        with pytest.raises((OperationalError, KeyError)):
+            leave("lost", KeyError)
+    assert not repo.in_transaction()
+    proxy.restore()
+    assert {tag.label for tag in repo.all(Tag)} <= {"kept or lost"}
+    assert (repo.stats().in_use, books_balance(repo)) == (0, True)
+
+
+def test_the_ends_of_a_savepoint(repo: type[Repo], proxy: Proxy) -> None:
+    """The same, and the transaction around it is doomed."""
+
+    def enter() -> None:
+        with repo.savepoint():
+            raise AssertionError
+
+    def leave() -> None:
+        with repo.savepoint():
+            repo.insert(Tag(label="lost"))
+            proxy.deafen()
+
+    for call in (enter, leave):
+        proxy.restore()
+        with pytest.raises(TransactionDoomedError), repo.transaction(), repo.call_options(timeout=0.3):
+            repo.count(Tag)
+            if call is enter:
+                proxy.deafen()
+            timed(call, OperationalError, 0.3)
+    proxy.restore()
+    assert repo.all(Tag) == []
+
+
+def test_a_ping(repo: type[Repo], proxy: Proxy) -> None:
+    """It has its deadline for its connect, and for its question."""
+    proxy.deafen()
+    with repo.call_options(timeout=0.3):
+        timed(repo.ping, ServerUnavailableError, 0.3)
+        proxy.restore()
+        assert 0 < repo.ping() < 0.3
+
+
+def test_a_block_that_a_generator_leaves_open(repo: type[Repo], caplog: pytest.LogCaptureFixture) -> None:
+    """Left in another context, it takes nobody's timeout away, and gives nobody one; that is logged."""
+
+    def rows() -> Iterator[int]:
+        with repo.call_options(timeout=0.2):
+            yield repo.count(Tag)
+
+    def begin() -> Iterator[int]:
+        generator = rows()
+        next(generator)
+        return generator
+
+    elsewhere = contextvars.copy_context().run(begin)
+    with repo.call_options(timeout=30):
+        elsewhere.close()  # type: ignore[attr-defined]  # a generator's
+        repo.execute("SELECT pg_sleep(0.5)")
+    assert "call_options(timeout=0.2) block was left in another context" in caplog.text
+    repo.execute("SELECT pg_sleep(0.5)")
 
 
 def test_a_connection_that_was_given_up_is_never_lent_again(repo: type[Repo], proxy: Proxy) -> None:
