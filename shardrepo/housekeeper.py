@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from typing import Final
@@ -16,6 +17,9 @@ logger: Final = logging.getLogger("shardrepo.pool")
 # Seconds between two looks, at most; and the part of the shortest age after which to look, at least.
 INTERVAL: Final = 1.0
 PART: Final = 0.25
+
+# Closings that may wait for listeners to be told of them.
+MAX_UNTOLD: Final = 1000
 
 # Seconds for which more connections than the target have to be busy before that is worth a warning.
 OVER_TARGET: Final = 1.0
@@ -38,7 +42,9 @@ class Housekeeper:
         ages = (ledger.ages.idle_timeout, ledger.ages.max_lifetime, warn_after or INTERVAL)
         self._interval = min(INTERVAL, PART * min(ages))
         self._thread: threading.Thread | None = None
-        self._telling: threading.Thread | None = None
+        self._teller: threading.Thread | None = None
+        # What was closed and nobody was told of yet; the oldest are dropped when those who listen take too long.
+        self._untold: deque[CachedConnection] = deque(maxlen=MAX_UNTOLD)
         self._warned_of_target = False
 
     def attend(self) -> None:
@@ -72,11 +78,17 @@ class Housekeeper:
         """Tell who listens, in a thread that they may hold up for as long as they like."""
         if not any(record.pool.listeners.close or record.pool.listeners.evict for record in closed):
             tell_closed(closed)
-        elif self._telling is not None and self._telling.is_alive():
-            logger.warning("a listener has not returned yet: nobody is told that %d more were closed", len(closed))
         else:
-            self._telling = threading.Thread(target=tell_closed, args=(closed,), name="shardrepo-teller", daemon=True)
-            self._telling.start()
+            if (dropped := len(self._untold) + len(closed) - MAX_UNTOLD) > 0:
+                logger.warning("a listener takes too long: nobody is told that %d connections were closed", dropped)
+            self._untold.extend(closed)
+        if self._untold and (self._teller is None or not self._teller.is_alive()):
+            self._teller = threading.Thread(target=self._tell_untold, name="shardrepo-teller", daemon=True)
+            self._teller.start()
+
+    def _tell_untold(self) -> None:
+        while self._untold:
+            tell_closed([self._untold.popleft()])
 
     def _warn_of_leaks(self, ledger: Books) -> None:
         if self._warn_after is None:

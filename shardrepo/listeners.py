@@ -25,7 +25,7 @@ class Event:
 
     Attributes:
         name: Which event it is.
-        database: The database that it concerns, without its password.
+        database: The database that it concerns; its repr has no password.
         duration: Seconds: to connect; to get a connection, for ``checkout``; that it was held, for ``checkin``; that
             it was idle, for ``evict``; that it was open, for ``close``; waited, for ``timeout``; to execute, for
             ``query``.

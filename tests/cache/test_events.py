@@ -15,7 +15,7 @@ import pytest
 from psycopg import pq
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
-from shardrepo import CheckoutTimeoutError, ConfigError, Repo, UnknownDatabaseError, event
+from shardrepo import CheckoutTimeoutError, ConfigError, Repo, UnknownDatabaseError, event, housekeeper
 from shardrepo.listeners import NAMES
 from shardrepo.testing.servers import Server, start_servers
 
@@ -321,9 +321,11 @@ def test_the_housekeeper_waits_for_no_listener(
     make_repo: Callable[..., type[Repo]],
     make_databases: Callable[..., list[str]],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It goes on closing; what cannot be told meanwhile is counted in the log; afterwards telling goes on."""
-    names = make_databases(3)
+    """It goes on closing; that is told later, and what is too much to remember is counted in the log."""
+    monkeypatch.setattr(housekeeper, "MAX_UNTOLD", 2)
+    names = make_databases(4)
     repo = make_repo(names[0], idle_timeout=0.1, warn_after=0.2)
     blocked, may_go = threading.Event(), threading.Event()
     told: list[str] = []
@@ -340,19 +342,40 @@ def test_the_housekeeper_waits_for_no_listener(
     event.listen(repo, "close", block)
     visit(names[0])
     assert blocked.wait(30)
-    visit(names[1])
-    await_(lambda: idle(repo) == 0)
+    for name in names[1:]:
+        visit(name)
+        await_(lambda: idle(repo) == 0)
     with repo.transaction():
         await_(lambda: any("has been held" in record.getMessage() for record in caplog.records))
-    assert any("nobody is told that 1 more were closed" in record.getMessage() for record in caplog.records)
+    assert any("nobody is told that 1 connections were closed" in record.getMessage() for record in caplog.records)
     assert told == names[:1]
     tellers = [thread for thread in threading.enumerate() if thread.name == "shardrepo-teller"]
     assert len(tellers) == 1
     may_go.set()
-    tellers[0].join(30)
-    await_(lambda: idle(repo) == 0)
-    visit(names[2])
-    await_(lambda: told[-1] == names[2])
+    await_(lambda: told[1:3] == names[2:])
+    visit(names[0])
+    await_(lambda: names[0] in told[3:])
+
+
+def test_a_timeouts_listener_that_blocks(make_repo: Callable[..., type[Repo]], database: str) -> None:
+    """Whoever waited in vain has left the queue: what comes back goes to the next."""
+    repo = make_repo(database, max_connections=1, checkout_timeout=0.2)
+    told, may_go = threading.Event(), threading.Event()
+
+    def block(_: event.Event) -> None:
+        told.set()
+        assert may_go.wait(60)
+
+    event.listen(repo, "timeout", block)
+    with ThreadPoolExecutor(1) as executor:
+        with repo.transaction():
+            late = executor.submit(repo.count, Tag)
+            assert told.wait(30)
+        assert repo.count(Tag) == 0
+        assert repo.stats().waiting == 0
+        may_go.set()
+        with pytest.raises(CheckoutTimeoutError):
+            late.result(30)
 
 
 def test_no_thread_tells_nobody(make_repo: Callable[..., type[Repo]], database: str) -> None:
