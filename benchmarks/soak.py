@@ -1,29 +1,34 @@
 """`python -m benchmarks soak [--minutes N | --operations N] [--seed N]`: the demo's load while everything fails.
 
 Threads read and write in 60 databases on three servers, behind a proxy each, while faults come at random: backends are
-killed, connections reset, refused, hung and slowed, borrowers lost, columns changed. Every row is checked, and after it
-every database is looked through. What was found is added to the table at the end of docs/figures.md.
+killed, connections reset, refused, hung and slowed, borrowers lost, columns changed, databases renamed and dropped, the
+process forked. Every row is checked, and after it every database is looked through. What was found is added to the
+table at the end of docs/figures.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import random
+import signal
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import date
-from time import monotonic
+from time import monotonic, sleep
 from typing import Final, TypeAlias
 
+from psycopg.sql import SQL, Identifier
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
-from shardrepo import Repo
+from shardrepo import Repo, UnknownDatabaseError
 from shardrepo.demo.drivers import RepoDriver
 from shardrepo.demo.fleet import audit, create, run
 from shardrepo.demo.load import Load, Plan
@@ -44,7 +49,10 @@ PAUSE, LENGTH = 0.4, 0.3
 BACK_WITHIN: Final = 15.0
 
 # What a caller may be told while the network and the servers fail.
-EXPECTED: Final = {"OperationalError", "InterfaceError", "ConnectError", "ServerUnavailableError", "ServerFullError"}
+EXPECTED: Final = {
+    *("OperationalError", "InterfaceError", "ConnectError", "ServerUnavailableError", "ServerFullError"),
+    "UnknownDatabaseError",  # while it has another name
+}
 
 HEADING: Final = "## soak"
 _TABLE: Final = f"""{HEADING}
@@ -130,6 +138,61 @@ class Scene:
         wanted = self.chance.choice(["text", "varchar(100)"])
         run(self.server.url(str(self.url.database)), f"ALTER TABLE customers ALTER city TYPE {wanted}")
 
+    def rename(self) -> None:
+        """Give the database another name for a moment."""
+        name = Identifier(str(self.url.database))
+        away = Identifier(f"{self.url.database}_away")
+        with self.server.connect() as connection:
+
+            def alter(change: str) -> None:
+                connection.execute(SQL("ALTER DATABASE {} ").format(name) + SQL(change).format(away))
+
+            alter("ALLOW_CONNECTIONS false")
+            try:
+                connection.execute(
+                    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s",
+                    (self.url.database,),
+                )
+                alter("RENAME TO {}")
+                sleep(self.chance.uniform(0, LENGTH))
+                connection.execute(SQL("ALTER DATABASE {} RENAME TO {}").format(away, name))
+            finally:
+                alter("ALLOW_CONNECTIONS true")
+
+    def drop(self) -> None:
+        """Let go of a database of one's own, have it dropped by somebody else, and made again."""
+        with self.repo.using(self.url.set(database="dropped")), self.repo.call_options(timeout=5.0):
+            for _ in range(2):
+                self.server.create_database("dropped")
+                found = self.repo.execute("SELECT current_database()").scalar_one()
+                self.repo.disconnect()
+                self.server.drop_database("dropped", force=False)
+                with suppress(UnknownDatabaseError):
+                    self.repo.execute("SELECT 1")
+                    found = "a database that does not exist"
+                if found != "dropped":
+                    raise RuntimeError(f"met {found!r}")
+
+    def fork(self) -> None:
+        """Have a child read what its parent reads, on a connection of its own."""
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # a process with threads forks
+            child = os.fork()
+        if child == 0:
+            os._exit(self._status_of_child())
+        deadline = monotonic() + BACK_WITHIN
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+            sleep(0.01)
+        if ended[1] != 0:
+            raise RuntimeError(f"a forked child ended with status {ended[1]}")
+
+    def _status_of_child(self) -> int:
+        with suppress(BaseException), self.repo.using(self.url), self.repo.call_options(timeout=5.0):
+            found = self.repo.get_one(Customer, 1).database
+            return 0 if found == self.url.database else 2
+        return 1
+
 
 Fault: TypeAlias = Callable[[Scene], object]
 
@@ -146,6 +209,9 @@ FAULTS: Final[dict[str, Fault]] = {
     "slow": lambda scene: scene.proxy.slow(chunk=0.02),
     "disconnected": lambda scene: scene.repo.disconnect_all(),
     "column changed": Scene.retype,
+    "renamed": Scene.rename,
+    "dropped": Scene.drop,
+    "forked": Scene.fork,
     "borrower lost": Scene.lose,
     "setting left": lambda scene: scene.execute("SET search_path TO nowhere"),
     "role left": lambda scene: scene.execute("SET ROLE pg_monitor"),
