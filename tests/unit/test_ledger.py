@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shardrepo.breaker import Verdict
 from shardrepo.entries import NOTHING, Ages, Entry, Kind, Scope, State, Step, Wait
 from shardrepo.ledger import Ledger
-from shardrepo.places import Bounds
+from shardrepo.places import UNBOUNDED, Bounds
 
 Books: TypeAlias = "Ledger[str, str]"
 Slot: TypeAlias = "Entry[str, str]"
@@ -587,10 +587,12 @@ def test_a_child_forked_under_the_lock_is_not_blocked_by_it() -> None:
 class Clocked:
     """A ledger whose time is moved by hand, with lifetimes that miss half of the tenth that may be missing."""
 
-    def __init__(self, pool_size: int = 9, max_connecting: int | None = None, **ages: float) -> None:
+    def __init__(
+        self, pool_size: int = 9, max_connecting: int | None = None, bounds: Bounds = UNBOUNDED, **ages: float
+    ) -> None:
         self.now = 0.0
         self.ledger: Books = Ledger(
-            pool_size, ages=Ages(**ages), max_connecting=max_connecting, clock=lambda: self.now, jitter=lambda: 0.5
+            pool_size, bounds, Ages(**ages), max_connecting, object, clock=lambda: self.now, jitter=lambda: 0.5
         )
 
     def refuse(self, key: str, verdict: Verdict = Verdict.REFUSED, server: str = "server") -> None:
@@ -755,6 +757,20 @@ def test_those_who_wait_hear_of_an_outage_at_once() -> None:
     step = clocked.ledger.failed(permit, Verdict.REFUSED, "why")
     assert list(step.wake) == waits
     assert all(wait.grant is None and wait.outage is not None for wait in waits)
+    assert clocked.ledger.stats().waiting == 0
+
+
+def test_whoever_insists_while_another_probes_has_left_the_queue() -> None:
+    """The wait for a bound ends when the server is found to be down still."""
+    clocked = Clocked(bounds=Bounds(max_per_database=1))
+    borrow(clocked.ledger, "a")
+    clocked.refuse("b")
+    clocked.now = 0.1
+    wait = queued(clocked.ledger, "a")
+    assert wait.outage is None
+    granted(clocked.ledger, "b")
+    assert clocked.ledger.insist(wait) is None
+    assert wait.outage is not None
     assert clocked.ledger.stats().waiting == 0
 
 
