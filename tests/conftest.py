@@ -22,6 +22,7 @@ from shardrepo import Repo
 from shardrepo.testing.servers import Server, Servers, start_servers
 
 from .models import Base
+from .proxy import Proxy
 
 TEMPLATE = "template_app"
 
@@ -52,6 +53,13 @@ def _roomy_memory() -> str | None:
 def server(servers: Servers) -> Server:
     """The first of the servers."""
     return servers[0]
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    """The network in front of the first server."""
+    with Proxy(server) as proxy:
+        yield proxy
 
 
 @pytest.fixture
@@ -103,7 +111,7 @@ def make_repo(server: Server) -> Iterator[Callable[..., type[Repo]]]:
     """Define a repo on the first server; it is disposed after the test, and must leave no connection in use."""
     repos: list[type[Repo]] = []
 
-    def make(database: str | None = None, on: Server = server, **config: Any) -> type[Repo]:
+    def make(database: str | None = None, on: Server | Proxy = server, **config: Any) -> type[Repo]:
         settings = {"url": url_of(on, database), "application_name": f"repo{next(_numbers)}", **config}
         repo = type("AppRepo", (Repo,), {}, config=settings)
         repos.append(repo)
@@ -118,7 +126,7 @@ def make_repo(server: Server) -> Iterator[Callable[..., type[Repo]]]:
         assert in_use == 0
 
 
-def url_of(server: Server, database: str | None = None) -> URL:
+def url_of(server: Server | Proxy, database: str | None = None) -> URL:
     """The URL of *database* on *server*; without one, a URL that names no database."""
     return server.url(database or "postgres")._replace(database=database)
 

@@ -17,6 +17,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from sqlalchemy.engine import URL
+
 from shardrepo.testing.servers import Server
 
 T = TypeVar("T")
@@ -44,6 +46,7 @@ class Proxy:
 
     def __init__(self, server: Server, host: str = "127.0.0.1", port: int = 0) -> None:
         self.host = host
+        self._behind = server
         self._server = (server.host, server.port)
         self._family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = self._bound(port)
@@ -83,6 +86,10 @@ class Proxy:
             return self._accepted
 
         return self._do(count)
+
+    def url(self, database: str = "postgres") -> URL:
+        """The server's own URL of *database*, by way of this proxy."""
+        return self._behind.url(database).set(host=self.host, port=self.port)
 
     def restore(self) -> None:
         """Forward everything again, also what live connections have sent to deaf ears meanwhile."""

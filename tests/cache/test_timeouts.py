@@ -28,15 +28,8 @@ SLACK = 0.25 + 0.75
 
 
 @pytest.fixture
-def proxy(server: Server) -> Iterator[Proxy]:
-    with Proxy(server) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def repo(make_repo: Callable[..., type[Repo]], server: Server, database: str, proxy: Proxy) -> type[Repo]:
-    url = server.url(database).set(host=proxy.host, port=proxy.port)
-    return make_repo(url=url, application_name="timed")
+def repo(make_repo: Callable[..., type[Repo]], database: str, proxy: Proxy) -> type[Repo]:
+    return make_repo(database, on=proxy, application_name="timed")
 
 
 def timed(call: Callable[[], Any], kind: type[Exception], seconds: float) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any
@@ -24,12 +24,6 @@ pytestmark = pytest.mark.cache
 
 # What a busy machine may add to a wait; never a bound on speed.
 SLACK = 1.0
-
-
-@pytest.fixture
-def proxy(server: Server) -> Iterator[Proxy]:
-    with Proxy(server) as proxy:
-        yield proxy
 
 
 def at(server: Server | Proxy, name: str, password: str) -> dict[str, Any]:

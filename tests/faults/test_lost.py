@@ -285,7 +285,7 @@ def test_a_connection_has_one_owner_while_it_is_collected(
     """
     run_sql(server, database, "INSERT INTO accounts VALUES (1, 0, 1)")
     with Proxy(server) as proxy:
-        repo = make_repo(url=server.url(database)._replace(host=proxy.host, port=proxy.port))
+        repo = make_repo(database, on=proxy)
         Losses(repo).cyclic_generator(1)
         (entry,) = repo._router.cache.ledger._in_use
         assert entry.connection is not None

@@ -25,6 +25,7 @@ NAME = "proxied"
 
 @pytest.fixture
 def proxy(server: Server) -> Iterator[Proxy]:
+    """One of whose connections none is left."""
     with Proxy(server) as proxy:
         yield proxy
     await_(lambda: connections_of(server, NAME) == [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
@@ -29,15 +29,8 @@ def _no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def proxy(server: Server) -> Iterator[Proxy]:
-    with Proxy(server) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def repo(make_repo: Callable[..., type[Repo]], server: Server, database: str, proxy: Proxy) -> type[Repo]:
-    url = server.url(database).set(host=proxy.host, port=proxy.port)
-    return make_repo(url=url, application_name="untold")
+def repo(make_repo: Callable[..., type[Repo]], database: str, proxy: Proxy) -> type[Repo]:
+    return make_repo(database, on=proxy, application_name="untold")
 
 
 def absent() -> str:
