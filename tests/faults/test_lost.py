@@ -392,7 +392,9 @@ def test_nobody_is_taken_for_the_dead(make_repo: Callable[..., type[Repo]], data
             caught.append(error)
 
     dead = in_a_thread(lambda: Losses(repo).in_a_cycle(1))
-    assert in_a_thread(ask) == dead  # as on Linux
-    (error,) = caught
-    assert isinstance(error, CheckoutTimeoutError)
-    assert error.held == ()
+    for _ in range(20):  # on Linux the next one has the same, unless the system chooses otherwise
+        if in_a_thread(ask) == dead:
+            break
+    else:
+        pytest.fail("no thread had the identifier of the dead one")
+    assert all(isinstance(error, CheckoutTimeoutError) and error.held == () for error in caught)
