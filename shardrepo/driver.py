@@ -160,17 +160,18 @@ def _password_of(database: Database) -> Secret | None:
 
 def _try(target: Target, password: Secret | None, keys: Keys | None, deadline: float, *, traced: bool) -> Attempt:
     """Connect to one address of the target's host after the other, until a server answers."""
-    addresses = _addresses(target.database)
+    *others, last = _addresses(target.database)
     before: list[str] = []
-    for left in range(len(addresses), 0, -1):
+    for number, address in enumerate(others):
         now = monotonic()
-        share = deadline if left == 1 else now + (deadline - now) / left
-        attempt = _try_address(target, addresses[-left], password, keys, share, traced=traced)
-        attempt.before = "; ".join(before)
-        if left == 1 or attempt.succeeded or attempt.was_refused:
-            break
-        before.append(f"{addresses[-left]}: {'no answer' if attempt.timed_out else attempt.text}")
+        share = now + (deadline - now) / (len(others) + 1 - number)
+        attempt = _try_address(target, address, password, keys, share, traced=traced)
+        if attempt.succeeded or attempt.was_refused:
+            return attempt
+        before.append(f"{address}: {'no answer' if attempt.timed_out else attempt.text}")
         attempt.pgconn.finish()
+    attempt = _try_address(target, last, password, keys, deadline, traced=traced)
+    attempt.before = "; ".join(before)
     attempt.cut_short = attempt.timed_out and deadline == call_deadline.get()
     return attempt
 
