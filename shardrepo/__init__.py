@@ -23,7 +23,7 @@ from .log import DatabaseFilter
 from .repo import Repo
 from .session import RoutedSession
 from .stats import Stats
-from .verbs import BulkResult
+from .writing import BulkResult
 
 __version__ = "0.1.0"
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, ParamSpec, TypeVar, Unpack, overload
 
 from sqlalchemy import Executable, Select
-from sqlalchemy.engine import Engine, Result
+from sqlalchemy.engine import Engine, Result, Row
 
-from . import verbs
+from . import reading, writing
 from .config import ConfigSource, checked_seconds
 from .database import Choice, Chosen, Database, Options, choose
 from .errors import ConfigError
+from .reading import Options as LoaderOptions
 from .router import Router
 from .session import RoutedSession, home_of, rehome
 from .stats import Stats
-from .verbs import BulkResult
+from .writing import BulkResult
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -125,22 +126,23 @@ class Repo:
     # Reading
 
     @classmethod
-    def get(cls, model: type[T], key: Any) -> T | None:
-        """Load the row with primary key *key*, or None. Always one query.
+    def get(cls, model: type[T], key: Any, *, options: LoaderOptions = ()) -> T | None:
+        """Load the row with primary key *key*, or None. Always one query, and what loader *options* ask for.
 
         Args:
             model: A mapped class.
             key: The key's value; a tuple in the mapping's order, or a mapping by attribute, for several columns.
+            options: SQLAlchemy's loader options, such as ``selectinload(User.posts)``.
 
         Raises:
             ValueError: The key is None or does not fit.
         """
-        return cls._router.get(model, key)
+        return cls._router.get(model, key, options)
 
     @classmethod
-    def get_one(cls, model: type[T], key: Any) -> T:
+    def get_one(cls, model: type[T], key: Any, *, options: LoaderOptions = ()) -> T:
         """`get`; raises `sqlalchemy.exc.NoResultFound` when there is no such row."""
-        return cls._router.get_one(model, key)
+        return cls._router.get_one(model, key, options)
 
     @classmethod
     def get_by(cls, model: type[T], /, **columns: Any) -> T | None:
@@ -150,60 +152,214 @@ class Repo:
             ValueError: A column is unknown or its value is None, which would match nothing.
             MultipleResultsFound: SQLAlchemy's, when there is more than one.
         """
-        found: T | None = cls._router.read(verbs.get_by, model, columns)
+        found: T | None = cls._router.read(reading.get_by, model, columns)
+        return found
+
+    @classmethod
+    def get_one_by(cls, model: type[T], /, **columns: Any) -> T:
+        """`get_by`; raises `sqlalchemy.exc.NoResultFound` when there is no such row."""
+        found: T = cls._router.read(reading.get_one_by, model, columns)
         return found
 
     @overload
     @classmethod
-    def one(cls, query: type[T]) -> T: ...
+    def one(cls, query: type[T], *, options: LoaderOptions = ()) -> T: ...
     @overload
     @classmethod
-    def one(cls, query: Select[T]) -> T: ...
+    def one(cls, query: Select[T], *, options: LoaderOptions = ()) -> T: ...
     @overload
     @classmethod
-    def one(cls, query: Select[*tuple[Any, ...]]) -> Any: ...
+    def one(cls, query: Select[*tuple[Any, ...]], *, options: LoaderOptions = ()) -> Any: ...
     @classmethod
-    def one(cls, query: Any) -> Any:
+    def one(cls, query: Any, *, options: LoaderOptions = ()) -> Any:
         """The only result of a `select` or a mapped class; `NoResultFound` or `MultipleResultsFound` else."""
-        return cls._router.read(verbs.one, query)
+        return cls._router.read(reading.one, query, options)
 
     @overload
     @classmethod
-    def one_or_none(cls, query: type[T]) -> T | None: ...
+    def one_or_none(cls, query: type[T], *, options: LoaderOptions = ()) -> T | None: ...
     @overload
     @classmethod
-    def one_or_none(cls, query: Select[T]) -> T | None: ...
+    def one_or_none(cls, query: Select[T], *, options: LoaderOptions = ()) -> T | None: ...
     @overload
     @classmethod
-    def one_or_none(cls, query: Select[*tuple[Any, ...]]) -> Any: ...
+    def one_or_none(cls, query: Select[*tuple[Any, ...]], *, options: LoaderOptions = ()) -> Any: ...
     @classmethod
-    def one_or_none(cls, query: Any) -> Any:
+    def one_or_none(cls, query: Any, *, options: LoaderOptions = ()) -> Any:
         """`one`, or None when there is no result."""
-        return cls._router.read(verbs.one_or_none, query)
+        return cls._router.read(reading.one_or_none, query, options)
 
     @overload
     @classmethod
-    def all(cls, query: type[T]) -> list[T]: ...
+    def first(cls, query: type[T], *, options: LoaderOptions = ()) -> T | None: ...
     @overload
     @classmethod
-    def all(cls, query: Select[T]) -> list[T]: ...
+    def first(cls, query: Select[T], *, options: LoaderOptions = ()) -> T | None: ...
     @overload
     @classmethod
-    def all(cls, query: Select[*tuple[Any, ...]]) -> list[Any]: ...
+    def first(cls, query: Select[*tuple[Any, ...]], *, options: LoaderOptions = ()) -> Any: ...
     @classmethod
-    def all(cls, query: Any) -> list[Any]:
+    def first(cls, query: Any, *, options: LoaderOptions = ()) -> Any:
+        """The first result, or None: in the query's order, by primary key if it has none.
+
+        Raises:
+            ValueError: The query has neither an order nor a mapped class.
+        """
+        return cls._router.read(reading.first, query, options)
+
+    @overload
+    @classmethod
+    def last(cls, query: type[T], *, options: LoaderOptions = ()) -> T | None: ...
+    @overload
+    @classmethod
+    def last(cls, query: Select[T], *, options: LoaderOptions = ()) -> T | None: ...
+    @overload
+    @classmethod
+    def last(cls, query: Select[*tuple[Any, ...]], *, options: LoaderOptions = ()) -> Any: ...
+    @classmethod
+    def last(cls, query: Any, *, options: LoaderOptions = ()) -> Any:
+        """The last result, or None: `first`, in the opposite order.
+
+        Raises:
+            ValueError: The query has neither an order nor a mapped class, or its order is text.
+        """
+        return cls._router.read(reading.last, query, options)
+
+    @overload
+    @classmethod
+    def all(cls, query: type[T], *, options: LoaderOptions = ()) -> list[T]: ...
+    @overload
+    @classmethod
+    def all(cls, query: Select[T], *, options: LoaderOptions = ()) -> list[T]: ...
+    @overload
+    @classmethod
+    def all(cls, query: Select[*tuple[Any, ...]], *, options: LoaderOptions = ()) -> list[Any]: ...
+    @classmethod
+    def all(cls, query: Any, *, options: LoaderOptions = ()) -> Any:
         """All results of a `select` or a mapped class: values of one column, rows of several."""
-        return cls._router.read(verbs.all_, query)
+        return cls._router.read(reading.all_, query, options)
+
+    @classmethod
+    def all_by(cls, model: type[T], /, **columns: Any) -> list[T]:
+        """Load all rows with these column values.
+
+        Raises:
+            ValueError: A column is unknown or its value is None, which would match nothing.
+        """
+        return cls._router.read(reading.all_by, model, columns)
+
+    @overload
+    @classmethod
+    def stream(
+        cls, query: type[T], *, batch: int = reading.BATCH, options: LoaderOptions = ()
+    ) -> AbstractContextManager[Iterator[T]]: ...
+    @overload
+    @classmethod
+    def stream(
+        cls, query: Select[T], *, batch: int = reading.BATCH, options: LoaderOptions = ()
+    ) -> AbstractContextManager[Iterator[T]]: ...
+    @overload
+    @classmethod
+    def stream(
+        cls, query: Select[*tuple[Any, ...]], *, batch: int = reading.BATCH, options: LoaderOptions = ()
+    ) -> AbstractContextManager[Iterator[Any]]: ...
+    @classmethod
+    def stream(
+        cls, query: Any, *, batch: int = reading.BATCH, options: LoaderOptions = ()
+    ) -> AbstractContextManager[Iterator[Any]]:
+        """Results as they are wanted, *batch* of them at a time from the server, in bounded memory.
+
+            >>> with MyRepo.stream(User) as users:                                  # doctest: +SKIP
+            ...     for user in users:
+            ...         print(user.name)
+
+        Part of the open transaction, else one of its own that only reads. It belongs to the database that was
+        current when it began, whatever is chosen in the block.
+
+        Raises:
+            ValueError: *batch* is less than 1.
+        """
+        return cls._router.stream(query, batch, options)
 
     @classmethod
     def count(cls, query: type[Any] | Select[*tuple[Any, ...]]) -> int:
         """How many rows a `select` or a mapped class has; its limit and offset count."""
-        return cls._router.read(verbs.count, query)
+        return cls._router.read(reading.count, query)
 
     @classmethod
     def exists(cls, query: type[Any] | Select[*tuple[Any, ...]]) -> bool:
         """Whether a `select` or a mapped class has a row."""
-        return cls._router.read(verbs.exists, query)
+        return cls._router.read(reading.exists, query)
+
+    @classmethod
+    def aggregate(cls, query: type[Any] | Select[*tuple[Any, ...]], function: reading.Aggregate, column: Any, /) -> Any:
+        """``"avg"``, ``"count"``, ``"max"``, ``"min"`` or ``"sum"`` of a column, over what a query selects.
+
+            >>> MyRepo.aggregate(User, "max", User.age)                             # doctest: +SKIP
+
+        Its distinct, limit and offset count. Of no rows it is None, a count is 0.
+
+        Raises:
+            ValueError: The function is unknown, or the query is grouped.
+        """
+        return cls._router.read(reading.aggregate, query, function, column)
+
+    # Objects that were loaded before
+
+    @classmethod
+    def load(cls, model: type[T], values: Mapping[str, Any] | Row[Any]) -> T:
+        """Make a stored object of a row or mapping of column attributes, at home in the current database.
+
+        Nothing is sent. Names that are no column attribute are left out; columns that are not given are not loaded.
+
+        Raises:
+            ValueError: A part of the primary key is missing.
+        """
+        made: T = reading.load(cls._router.current.home, model, values)
+        return made
+
+    @overload
+    @classmethod
+    def reload(cls, objects: list[T], *, options: LoaderOptions = ()) -> list[T | None]: ...
+    @overload
+    @classmethod
+    def reload(cls, objects: T, *, options: LoaderOptions = ()) -> T | None: ...
+    @classmethod
+    def reload(cls, objects: Any, *, options: LoaderOptions = ()) -> Any:
+        """Load an object, or a list of them, anew from its home; None for what is not there any more.
+
+        New objects, in the order of the old ones, which stay as they are.
+
+        Raises:
+            ValueError: One was never stored.
+            WrongDatabaseError: They have several homes, or one that is not the current database and that nobody, or
+                several users, have chosen before.
+        """
+        many = isinstance(objects, list)
+        found = cls._router.reload(objects if many else [objects], options)
+        return found if many else found[0]
+
+    @classmethod
+    def preload(cls, objects: T, /, *wanted: Any, force: bool = False) -> T:
+        """Load relationships of an object, or of a list of them, where they are not loaded yet; returns *objects*.
+
+            >>> MyRepo.preload(users, User.posts, selectinload(User.groups).selectinload(Group.owner)) # doctest: +SKIP
+
+        One query for each relationship and 500 objects, on the objects' home, whatever is current. Where a chain's
+        first relationship is loaded, the rest of it is loaded for what is there. If it fails, nothing has changed.
+
+        Args:
+            objects: An object, a list of them, or None, for which nothing is done.
+            *wanted: Relationships (``User.posts``, ``User.posts.and_(...)``), or chains of them as loader options.
+            force: Load also what is loaded.
+
+        Raises:
+            ValueError: One was never stored, or has no such relationship.
+            WrongDatabaseError: As for `reload`.
+        """
+        many = objects if isinstance(objects, list) else [objects]
+        cls._router.preload([obj for obj in many if obj is not None], wanted, force=force)
+        return objects
 
     # Writing
 
@@ -219,7 +375,7 @@ class Repo:
             ValueError: The object is stored already.
             WrongDatabaseError: It, or an object that it refers to, belongs to another database.
         """
-        cls._router.write(verbs.insert, obj)
+        cls._router.write(writing.insert, obj)
         return obj
 
     @classmethod
@@ -229,7 +385,7 @@ class Repo:
         Raises:
             ValueError: A row has a key that is no column.
         """
-        return cls._router.write_rows(verbs.insert_all, model, rows)
+        return cls._router.write_rows(writing.insert_all, model, rows)
 
     @classmethod
     def update(cls, obj: T, changes: Mapping[str, Any] | None = None, /, **columns: Any) -> T:
@@ -256,7 +412,7 @@ class Repo:
             StaleError: The row is gone, or has another version.
             WrongDatabaseError: The object belongs to another database.
         """
-        cls._router.write(verbs.delete, obj)
+        cls._router.write(writing.delete, obj)
         return obj
 
     @classmethod
@@ -267,7 +423,7 @@ class Repo:
         ``SET``, role, temporary table or lock that the statement leaves behind meets a later borrower, unless
         the config says ``pgbouncer=True``.
         """
-        return cls._router.run(verbs.execute, statement, parameters)
+        return cls._router.run(reading.execute, statement, parameters)
 
     @classmethod
     def call_options(cls, *, timeout: float) -> AbstractContextManager[None]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
@@ -22,14 +22,14 @@ from sqlalchemy.exc import NoResultFound, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.util import memoized_property  # functools' own locks before Python 3.12, which no fork survives
 
-from . import verbs
+from . import reading, reloading, writing
 from .config import Config, ConfigSource
 from .context import Context, Transaction, deadline
 from .database import Choice, Chosen, Database, choose
 from .errors import NoDatabaseError, NotInTransactionError, StaleError, WrongDatabaseError
 from .listeners import Listeners
 from .pool import autocommit, disown, is_aborted, limited, vouch
-from .session import HomeSession, RoutedSession, Snapshot
+from .session import HomeSession, RoutedSession, Snapshot, common_home, mapper_of
 
 if TYPE_CHECKING:
     from .engines import ConnectionCache
@@ -53,8 +53,10 @@ class Router:
         self.context = Context(name)
         self.listeners = Listeners()
         self._source = source
-        # Guards the making of config and cache, which happens once.
+        # Guards the making of config and cache, which happens once, and what follows.
         self._lock = threading.RLock()
+        # Every database that a choice has meant so far, by home and key: one home may have several users.
+        self._met: dict[str, dict[str, Database]] = {}
         _routers.add(self)
         if not callable(source):
             self.config  # noqa: B018  # a wrong config fails where it is written
@@ -78,7 +80,15 @@ class Router:
     @memoized_property
     def resolve(self) -> Callable[[Choice | None], Database]:
         """Turn a choice into the database it means, the same one every time."""
-        return lru_cache(maxsize=MAX_RESOLVED)(self.config.locate)
+        return lru_cache(maxsize=MAX_RESOLVED)(self._locate)
+
+    def _locate(self, choice: Choice | None) -> Database:
+        database = self.config.locate(choice)
+        with self._lock:
+            if len(self._met) >= MAX_RESOLVED:
+                self._met.clear()
+            self._met.setdefault(database.home, {})[database.key] = database
+        return database
 
     # Choosing
 
@@ -90,6 +100,25 @@ class Router:
     def named(self, given: Chosen, options: Mapping[str, Any]) -> Database:
         """The database that *given* or *options* mean, the current one if there are neither."""
         return self.current if given is None and not options else self.resolve(choose(given, options))
+
+    def at(self, home: str) -> Database:
+        """The database that *home* means: the current one, else the one that was chosen there before.
+
+        No credentials travel to a server for which they were not chosen, and no user stands in for another.
+        """
+        with suppress(NoDatabaseError):
+            if self.current.home == home:
+                return self.current
+        with self._lock:
+            met = list(self._met.get(home, {}).values())
+        if len(met) == 1:
+            return met[0]
+        raise WrongDatabaseError(
+            f"{home} is not the current database, and {'several users have' if met else 'nobody has'} chosen it "
+            "before: choose it with using(...)",
+            expected=home,
+            found=None,
+        )
 
     def set_database(self, choice: Choice | None) -> Choice | None:
         """Choose, unless the caller has a transaction open on the current database."""
@@ -116,33 +145,67 @@ class Router:
 
     # Units of work
 
-    def get(self, model: type[T], key: Any) -> T | None:
+    def get(self, model: type[T], key: Any, options: reading.Options) -> T | None:
         """Load one object by its key: without a session, where that provably makes no difference."""
-        mapper = verbs.mapper_of(model)
-        parameters = verbs.key_parameters(mapper, key)
-        if not verbs.is_plain(mapper):
-            found: T | None = self.read(verbs.get, mapper, parameters)
+        mapper = mapper_of(model)
+        parameters = reading.key_parameters(mapper, key)
+        if options or not reading.is_plain(mapper):
+            found: T | None = self.read(reading.get, mapper, parameters, options)
             return found
         database = self.current
         with self._connection(database) as connection:
             autocommit(connection)
-            plain: T | None = verbs.get_plain(connection, database.home, mapper, parameters)
+            plain: T | None = reading.get_plain(connection, database.home, mapper, parameters)
             return plain
 
-    def get_one(self, model: type[T], key: Any) -> T:
+    def get_one(self, model: type[T], key: Any, options: reading.Options) -> T:
         """`get`, for a row that has to be there."""
-        found = self.get(model, key)
+        found = self.get(model, key, options)
         if found is None:
             raise NoResultFound(f"no {model.__name__} with primary key {key!r} in {self.current.home}")
         return found
 
     def read(self, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a verb that only reads: each of its statements by itself, or in the open transaction."""
-        database = self.current
+        return self._read(self.current, verb, *args, **kwargs)
+
+    def _read(
+        self, database: Database, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         with self._connection(database) as connection:
             autocommit(connection)
             with _session(database, connection) as session:
                 return verb(session, *args, **kwargs)
+
+    def reload(self, objects: Sequence[object], options: reading.Options) -> list[Any]:
+        """Load each of *objects* anew, from its home."""
+        return self._read(self.at(common_home(objects)), reloading.reload, objects, options) if objects else []
+
+    def preload(self, objects: Sequence[object], wanted: Iterable[object], *, force: bool) -> None:
+        """Load relationships of *objects*, from their home."""
+        tree = reloading.tree_of(wanted)
+        reloading.check_owners(objects, tree)
+        if objects:
+            self._read(self.at(common_home(objects)), reloading.preload, objects, tree, force=force)
+
+    @contextmanager
+    def stream(self, query: Any, batch: int, options: reading.Options) -> Iterator[Iterator[Any]]:
+        """Results as they are wanted: in the open transaction, or in one of their own that only reads."""
+        database = self.current
+        statement = reading.streamable(query, batch, options)
+        transaction = self.context.transaction(database)
+        with ExitStack() as stack:
+            with _noted(database):
+                if transaction is not None:
+                    transaction.check_usable()
+                    connection = transaction.connection
+                else:
+                    connection = stack.enter_context(self._own_connection(database))
+                    with self._limited(connection):
+                        connection.execute(text("SET TRANSACTION READ ONLY"))
+            session = stack.enter_context(_session(database, connection))
+            rows = _watched(reading.stream(session, statement), database, transaction)
+            yield stack.enter_context(closing(rows))
 
     def run(self, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a verb with SQL of the user's own, each statement by itself, or in the open transaction."""
@@ -159,16 +222,16 @@ class Router:
 
     def update(self, obj: Any, changes: Mapping[str, Any]) -> None:
         """Set attributes and write them; if that fails, everything is as it was."""
-        verbs.check_changes(obj, changes)
-        self._write(lambda session, obj: verbs.update(session, obj, changes), obj, changes)
+        writing.check_changes(obj, changes)
+        self._write(lambda session, obj: writing.update(session, obj, changes), obj, changes)
 
     def _write(self, verb: Callable[[HomeSession, Any], None], obj: Any, changes: Mapping[str, Any]) -> None:
         database = self.current
-        deleting = verb is verbs.delete
-        snapshot = Snapshot(verbs.touched(obj, changes, deleting=deleting))
+        deleting = verb is writing.delete
+        snapshot = Snapshot(writing.touched(obj, changes, deleting=deleting))
         try:
             with self._connection(database) as connection, _session(database, connection) as session:
-                if verbs.is_single_statement(session, obj, deleting=deleting):
+                if writing.is_single_statement(session, obj, deleting=deleting):
                     autocommit(connection)
                 verb(session, obj)
                 session.commit()
@@ -206,7 +269,7 @@ class Router:
                     vouch(connection)
                     yield connection
         except SQLAlchemyError as error:
-            error.add_note(f"database: {database.home}")
+            _note(error, database)
             raise
 
     @contextmanager
@@ -239,6 +302,15 @@ class Router:
             yield
 
     @contextmanager
+    def _own_connection(self, database: Database) -> Iterator[Connection]:
+        """A connection for a block, whatever is open."""
+        with self._timed():
+            connection = self.cache.engine(database).connect()
+        with connection:
+            vouch(connection)
+            yield connection
+
+    @contextmanager
     def transaction(self) -> Iterator[None]:
         """Open a transaction on the current database, or join the one that is open on it."""
         database = self.current
@@ -247,22 +319,18 @@ class Router:
             with joined.joined():
                 yield
             return
-        with self._timed():
-            connection = self.cache.engine(database).connect()
-        with connection:
-            vouch(connection)
-            with self.context.entered(database, connection) as transaction:
-                try:
-                    yield
-                    if is_aborted(connection):
-                        # PostgreSQL would answer a COMMIT with a ROLLBACK, and call it a success.
-                        transaction.doom(PendingRollbackError("a statement of a session that had joined it failed"))
-                    with self._limited(connection):
-                        transaction.commit()
-                except BaseException:
-                    with self._limited(connection):
-                        transaction.rollback()
-                    raise
+        with self._own_connection(database) as connection, self.context.entered(database, connection) as transaction:
+            try:
+                yield
+                if is_aborted(connection):
+                    # PostgreSQL would answer a COMMIT with a ROLLBACK, and call it a success.
+                    transaction.doom(PendingRollbackError("a statement of a session that had joined it failed"))
+                with self._limited(connection):
+                    transaction.commit()
+            except BaseException:
+                with self._limited(connection):
+                    transaction.rollback()
+                raise
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -317,6 +385,25 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def _note(error: BaseException, database: Database) -> None:
+    error.add_note(f"database: {database.home}")
+
+
+@contextmanager
+def _noted(database: Database) -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        _note(error, database)
+        raise
+
+
+def _watched(rows: Iterator[T], database: Database, transaction: Transaction | None) -> Generator[T]:
+    """*rows*, whose errors name their database and doom their transaction; those of who takes them do not."""
+    with _noted(database), transaction.watch() if transaction is not None else nullcontext():
+        yield from rows
 
 
 def _session(database: Database, connection: Connection) -> HomeSession:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Column, event
+from sqlalchemy import Column, Executable, event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.inspection import inspect
@@ -44,6 +44,19 @@ def state_of(obj: object) -> InstanceState[Any]:
     return state
 
 
+def mapper_of(model: Any) -> Mapper[Any]:
+    """The mapper of *model*; `TypeError` when it is not a mapped class."""
+    try:
+        mapper = inspect(model)
+    except NoInspectionAvailable:
+        mapper = None
+    if isinstance(mapper, Mapper):
+        return mapper
+    if isinstance(model, Executable):
+        raise TypeError("this verb takes a mapped class, not a statement: use one(), one_or_none() or all()")
+    raise TypeError(f"{model!r} is not a mapped class")
+
+
 def home_of(obj: object) -> str | None:
     """The home of *obj*, as ``server/name``; None for one that was never stored nor rehomed."""
     return _home(state_of(obj))
@@ -55,6 +68,30 @@ def _home(state: InstanceState[Any]) -> str | None:
     else:
         home = state.identity_token or state.__dict__.get("info", {}).get(_BOUND_FOR)
     return home if isinstance(home, str) else None
+
+
+def common_home(objects: Iterable[object]) -> str:
+    """The one home of all *objects*, of which there is one at least.
+
+    Raises:
+        ValueError: One of them was never stored.
+        WrongDatabaseError: They have several.
+    """
+    homes: dict[str, None] = {}
+    for obj in objects:
+        state = state_of(obj)
+        home = _home(state)
+        if state.key is None or home is None:
+            raise ValueError(f"this {type(obj).__name__} was never stored through a repo: insert() it first")
+        homes[home] = None
+    first, *others = homes
+    if others:
+        raise WrongDatabaseError(
+            f"objects of {first} and of {others[0]} meet in one call: do one database after the other",
+            expected=first,
+            found=others[0],
+        )
+    return first
 
 
 def check_home(state: InstanceState[Any], home: str) -> None:
@@ -108,7 +145,7 @@ def check_graph(states: Iterable[InstanceState[Any]], home: str) -> None:
                 check_home(state_of(target), home)
 
 
-def load(mapper: Mapper[Any], values: Iterable[tuple[str, Any]], home: str) -> Any:
+def load_object(mapper: Mapper[Any], values: Iterable[tuple[str, Any]], home: str) -> Any:
     """Make the detached object that a session would make of these column values, loaded in *home*."""
     obj = mapper.class_manager.new_instance()
     state: InstanceState[Any] = instance_state(obj)

@@ -21,10 +21,11 @@ from psycopg.adapt import AdaptersMap, Loader
 from sqlalchemy import create_engine, func, select, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
-from sqlalchemy.orm import InstanceState, Session, joinedload
+from sqlalchemy.orm import InstanceState, RelationshipProperty, Session, joinedload, selectinload
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool, Pool
 from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord
+from sqlalchemy.sql import operators
 
 from shardrepo import AuthenticationError, ConnectError, Database, UnknownDatabaseError
 from shardrepo.config import Config
@@ -369,7 +370,7 @@ def engine(server: Server, database: str) -> Iterator[Engine]:
 
 
 def test_a_result_is_marked_when_its_rows_repeat(engine: Engine) -> None:
-    """`_unique_filter_state` is set just by joined eager loading of collections (verbs._unique)."""
+    """`_unique_filter_state` is set just by joined eager loading of collections (reading.unique)."""
     with Session(engine) as session:
         session.add(User(name="Ada", posts=[Post(title="one"), Post(title="two")]))
         session.flush()
@@ -382,13 +383,31 @@ def test_a_result_is_marked_when_its_rows_repeat(engine: Engine) -> None:
 
 
 def test_a_statement_tells_its_limit_and_groups() -> None:
-    """`_limit_clause` and `_group_by_clauses` are how a select is asked whether it has any (verbs)."""
+    """`_limit_clause` and its like are how a select is asked whether it has any, and in which order (reading)."""
     plain = select(User.name)
+    assert (plain._offset_clause, plain._distinct, plain._order_by_clauses) == (None, False, ())
+    assert plain.offset(3)._offset_clause is not None
+    assert plain.distinct()._distinct
+    assert [each.modifier for each in plain.order_by(User.name.desc())._order_by_clauses] == [operators.desc_op]
     assert plain._limit_clause is None
     assert plain.limit(3)._limit_clause is not None
     assert not plain._group_by_clauses
     assert plain.group_by(User.name)._group_by_clauses
     assert not select(func.count())._group_by_clauses
+
+
+def test_a_loader_tells_its_path_and_criteria() -> None:
+    """`context` has an element for each step, with its path from the root and its filter (reloading)."""
+    criterion = Post.title == "x"
+    loader: Any = selectinload(User.posts.and_(criterion)).selectinload(Post.tags)
+    first, second = loader.context
+    assert [part for part in second.path.path if isinstance(part, RelationshipProperty)] == [
+        User.posts.property,
+        Post.tags.property,
+    ]
+    assert first.path.path[1] is User.posts.property
+    assert (len(first._extra_criteria), len(second._extra_criteria)) == (1, 0)
+    assert len(User.posts.and_(criterion)._extra_criteria) == 1  # type: ignore[attr-defined]
 
 
 # The state of mapped objects

@@ -106,14 +106,30 @@ def test_get_by_refuses_what_would_match_by_accident(
     repo: type[Repo], three_users: None, columns: dict[str, Any], message: str
 ) -> None:
     """None, a misspelt column and no column at all are each a `ValueError` with the remedy."""
-    with pytest.raises(ValueError, match=message):
-        repo.get_by(User, **columns)
+    for verb in (repo.get_by, repo.get_one_by, repo.all_by):
+        with pytest.raises(ValueError, match=message):
+            verb(User, **columns)
 
 
 def test_get_by_refuses_a_relationship(repo: type[Repo], three_users: None) -> None:
     """`get_by` looks by columns; a relationship is none."""
     with pytest.raises(ValueError, match="author"):
         repo.get_by(Post, author=1)
+
+
+def test_get_one_by(repo: type[Repo], three_users: None) -> None:
+    """`get_one_by` finds the one row with these values, and raises SQLAlchemy's errors for none and for several."""
+    assert repo.get_one_by(User, name="Bob").id == 2
+    with pytest.raises(NoResultFound):
+        repo.get_one_by(User, name="Dot")
+    with pytest.raises(MultipleResultsFound):
+        repo.get_one_by(User, age=40)
+
+
+def test_all_by(repo: type[Repo], three_users: None) -> None:
+    """`all_by` finds every row with these values."""
+    assert sorted(user.name for user in repo.all_by(User, age=40)) == ["Bob", "Cy"]
+    assert repo.all_by(User, age=41) == []
 
 
 def test_one(repo: type[Repo], three_users: None) -> None:
@@ -188,7 +204,7 @@ def test_exists(repo: type[Repo], three_users: None) -> None:
     assert repo.exists(select(User).order_by(User.id).offset(3)) is False
 
 
-@pytest.mark.parametrize("verb", ["one", "one_or_none", "all", "count", "exists"])
+@pytest.mark.parametrize("verb", ["one", "one_or_none", "first", "last", "all", "count", "exists"])
 def test_queries_take_a_select_or_a_class_and_nothing_else(repo: type[Repo], verb: str) -> None:
     """What is neither a `select` nor a mapped class is a `TypeError`, before anything is sent."""
     for query in ("SELECT 1", text("SELECT 1"), delete(User), update(User), User(name="x"), int, None):
@@ -201,8 +217,11 @@ def test_get_takes_a_mapped_class_and_nothing_else(repo: type[Repo], model: Any)
     """A statement, an object and an unmapped class are each a `TypeError` for the verbs that take a model."""
     with pytest.raises(TypeError):
         repo.get(model, 1)
+    for verb in (repo.get_by, repo.get_one_by, repo.all_by):
+        with pytest.raises(TypeError):
+            verb(model, id=1)
     with pytest.raises(TypeError):
-        repo.get_by(model, id=1)
+        repo.load(model, {"id": 1})
     with pytest.raises(TypeError):
         repo.insert_all(model, [{"name": "x"}])
 

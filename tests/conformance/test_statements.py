@@ -76,6 +76,15 @@ READS: dict[str, Callable[[type[Repo]], Any]] = {
     "all with a joined collection": lambda repo: repo.all(select(User).options(joinedload(User.posts))),
     "count": lambda repo: repo.count(User),
     "exists": lambda repo: repo.exists(User),
+    "get_one_by": lambda repo: repo.get_one_by(User, name="Ada"),
+    "all_by": lambda repo: repo.all_by(User, name="Ada"),
+    "first": lambda repo: repo.first(User),
+    "last": lambda repo: repo.last(select(User).order_by(User.name)),
+    "aggregate": lambda repo: repo.aggregate(User, "max", User.age),
+    "aggregate of some": lambda repo: repo.aggregate(select(User).limit(2), "max", User.age),
+    "get with a joined collection": lambda repo: repo.get(User, 1, options=[joinedload(User.posts)]),
+    "reload": lambda repo: repo.reload(repo.load(User, {"id": 1})),
+    "preload": lambda repo: repo.preload(repo.load(User, {"id": 1}), User.posts),
 }
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import assert_type
 
 from sqlalchemy import select
 from sqlalchemy.engine import Engine
+from sqlalchemy.orm import selectinload
 
 from shardrepo import BulkResult, Choice, Database, Repo, RoutedSession, Stats
 
@@ -22,11 +25,22 @@ assert_type(user, User)
 assert_type(AppRepo.get(User, 1), User | None)
 assert_type(AppRepo.get_one(User, 1), User)
 assert_type(AppRepo.get_by(User, name="Ada"), User | None)
+assert_type(AppRepo.get_one_by(User, name="Ada"), User)
+assert_type(AppRepo.get(User, 1, options=[selectinload(User.posts)]), User | None)
 assert_type(AppRepo.one(User), User)
 assert_type(AppRepo.one(select(User)), User)
 assert_type(AppRepo.one_or_none(select(User.name)), str | None)
 assert_type(AppRepo.all(User), list[User])
 assert_type(AppRepo.all(select(User.id)), list[int])
+assert_type(AppRepo.all_by(User, name="Ada"), list[User])
+assert_type(AppRepo.first(User), User | None)
+assert_type(AppRepo.last(select(User.id)), int | None)
+assert_type(AppRepo.stream(User), AbstractContextManager[Iterator[User]])
+assert_type(AppRepo.stream(select(User.name)), AbstractContextManager[Iterator[str]])
+assert_type(AppRepo.load(User, {"id": 1}), User)
+assert_type(AppRepo.reload(user), User | None)
+assert_type(AppRepo.reload([user]), list[User | None])
+assert_type(AppRepo.preload([user], User.posts), list[User])
 assert_type(AppRepo.count(User), int)
 assert_type(AppRepo.exists(select(User)), bool)
 assert_type(AppRepo.insert_all(User, [{"name": "Ada"}]), BulkResult)

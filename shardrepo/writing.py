@@ -1,0 +1,171 @@
+"""What the verbs that write do, as plain functions of a session.
+
+None of them knows a repo, chooses a database or begins a transaction: a session of the right database
+comes in, and the flush is left to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import event
+from sqlalchemy import insert as sql_insert
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import InstanceState
+from sqlalchemy.orm.exc import StaleDataError
+
+from .errors import unknown
+from .session import HomeSession, check_graph, graph, mapper_of, state_of, write_by_key
+
+
+@dataclass(frozen=True, slots=True)
+class BulkResult:
+    """What a write of many rows did.
+
+    Attributes:
+        count: The number of rows written.
+        rows: What the statement returned; None when it was not asked to return anything.
+    """
+
+    count: int
+    rows: list[Any] | None
+
+
+def insert(session: HomeSession, obj: object) -> None:
+    state = state_of(obj)
+    if state.key is not None:
+        became = "was deleted" if state.was_deleted else "is stored already"
+        raise ValueError(
+            f"this {type(obj).__name__} {became}, in {state.key[2]}: use update(), or insert a copy made by rehome()"
+        )
+    _flush(session, state)
+
+
+def update(session: HomeSession, obj: object, changes: Mapping[str, Any]) -> None:
+    state = _stored(obj, "update")
+    for name, value in changes.items():
+        setattr(obj, name, value)
+    _flush(session, state)
+
+
+def delete(session: HomeSession, obj: object) -> None:
+    states = list(graph(_stored(obj, "delete")))
+    check_graph(states, session.home)
+    put_back = [write_by_key(state) for state in states]
+    with _every_delete_counts(session.connection()):
+        # What the object holds comes with it, so that children which are not deleted are let go of.
+        session.add(obj)
+        session.delete(obj)
+        session.flush()
+    for reference in put_back:
+        reference()
+
+
+def insert_all(session: HomeSession, model: Any, rows: Iterable[Mapping[str, Any]]) -> BulkResult:
+    mapper = mapper_of(model)
+    rows = [dict(row) for row in rows]
+    for name in {name for row in rows for name in row}:
+        if name not in mapper.columns:
+            raise ValueError(f"{mapper.class_.__name__}: {unknown('column', name, mapper.columns.keys())}")
+    if rows:
+        session.execute(sql_insert(mapper.class_), rows)
+    return BulkResult(len(rows), None)
+
+
+def check_changes(obj: object, changes: Mapping[str, Any]) -> None:
+    """Raise unless every name in *changes* is a mapped attribute of *obj*."""
+    mapper = state_of(obj).mapper
+    for name in changes:
+        if name not in mapper.attrs:
+            raise ValueError(f"{mapper.class_.__name__}: {unknown('attribute', name, mapper.attrs.keys())}")
+
+
+def touched(obj: object, changes: Mapping[str, Any], *, deleting: bool = False) -> set[InstanceState[Any]]:
+    """The objects that writing *obj* may change: itself, what the mapping cascades to, and both ends of
+    every relationship among the *changes*."""
+    state = state_of(obj)
+    states = set(graph(state))
+    if deleting:
+        states.update(graph(state, "delete"))
+    for name in changes.keys() & state.mapper.relationships.keys():
+        for end in (changes[name], state.dict.get(name)):
+            states.update(state_of(one) for one in (end if isinstance(end, Collection) else [end]) if one is not None)
+    return states
+
+
+def is_single_statement(session: HomeSession, obj: object, *, deleting: bool = False) -> bool:
+    """Whether writing *obj* provably takes one statement: one instance, one table, and no listener that
+    may emit SQL of its own."""
+    state = state_of(obj)
+    mapper = state.mapper
+    if len(mapper.tables) != 1 or state.__dict__.get("_pending_mutations"):
+        return False
+    if any(getattr(mapper.dispatch, name) for name in _MAPPER_EVENTS):
+        return False
+    if any(getattr(session.dispatch, name) for name in _SESSION_EVENTS):
+        return False
+    return all(_is_quiet(state, relationship, deleting) for relationship in mapper.relationships)
+
+
+_MAPPER_EVENTS: Final = (
+    "before_insert", "after_insert", "before_update", "after_update", "before_delete", "after_delete",
+)  # fmt: skip
+_SESSION_EVENTS: Final = ("before_flush", "after_flush", "after_flush_postexec", "before_commit", "after_begin")
+
+
+def _is_quiet(state: InstanceState[Any], relationship: Any, deleting: bool) -> bool:
+    """Whether *relationship* provably takes no part in writing *state*."""
+    if relationship.viewonly:
+        return True
+    to_one = relationship.direction.name == "MANYTOONE"
+    if deleting and not (relationship.cascade.delete if to_one else relationship.passive_deletes != "all"):
+        return True
+    if deleting:
+        return False
+    value = state.dict.get(relationship.key)
+    if to_one:
+        return value is None or state_of(value).key is not None
+    return not value and relationship.key not in state.committed_state
+
+
+def _flush(session: HomeSession, state: InstanceState[Any]) -> None:
+    states = list(graph(state))
+    check_graph(states, session.home)
+    for each in states:
+        # By RETURNING on UPDATE too, where SQLAlchemy's "auto" stops at INSERT and would leave server-computed
+        # columns unloaded on an object that is about to be detached.
+        if each.mapper.base_mapper.eager_defaults == "auto":
+            each.mapper.base_mapper.eager_defaults = True
+    put_back = [write_by_key(each) for each in states]
+    session.add(state.obj())
+    session.flush()
+    for reference in put_back:
+        reference()
+
+
+def _stored(obj: object, verb: str) -> InstanceState[Any]:
+    state = state_of(obj)
+    if state.key is None:
+        raise ValueError(f"cannot {verb} this {type(obj).__name__}: it was never stored, insert() it first")
+    if state.was_deleted:
+        raise ValueError(f"cannot {verb} this {type(obj).__name__}: it was deleted; insert a copy made by rehome()")
+    return state
+
+
+@contextmanager
+def _every_delete_counts(connection: Connection) -> Iterator[None]:
+    """Raise `StaleDataError` when a DELETE by key finds fewer rows than keys; SQLAlchemy only warns."""
+
+    def check(_conn: Any, cursor: Any, _statement: str, parameters: Any, context: Any, executemany: bool) -> None:
+        expected = len(parameters) if executemany else 1
+        if context.isdelete and cursor.rowcount < expected:
+            raise StaleDataError(f"DELETE was to remove {expected} row(s), and {cursor.rowcount} were there")
+
+    event.listen(connection, "after_cursor_execute", check)
+    try:
+        yield
+    finally:
+        event.remove(connection, "after_cursor_execute", check)
