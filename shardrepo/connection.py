@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any, Final, Literal
 
 import psycopg
-from psycopg import pq
+from psycopg import IsolationLevel, pq
 from psycopg.abc import AdaptContext
 from psycopg.adapt import AdaptersMap
 from psycopg.errors import FeatureNotSupported, ReadOnlySqlTransaction
@@ -109,8 +109,16 @@ class DriverConnection(psycopg.Connection[Any]):
         self._own_adapters = AdaptersMap(self.adapters)
         self.rest()
 
+    def begin_as(self, isolation: str | None, *, read_only: bool, deferrable: bool) -> None:
+        """Say how its transactions begin, until it rests."""
+        self.isolation_level = None if isolation is None else IsolationLevel[isolation.upper().replace(" ", "_")]
+        self.read_only = read_only or None
+        self.deferrable = deferrable or None
+
     def rest(self) -> None:
         """Wait for the next borrower: not in autocommit mode, and unused."""
+        if self.isolation_level or self.read_only or self.deferrable:
+            self.begin_as(None, read_only=False, deferrable=False)
         self.set_autocommit_mode(False)
         self.limit(None)
         object.__setattr__(self, "used", False)
@@ -128,9 +136,7 @@ class DriverConnection(psycopg.Connection[Any]):
             setattr(self, name, value)
         self._notice_handlers[:], self._notify_handlers[:] = self._handlers
         self._adapters = AdaptersMap(self._own_adapters)
-        self.isolation_level = None
-        self.read_only = None
-        self.deferrable = None
+        self.begin_as(None, read_only=False, deferrable=False)
         self.autocommit = True
         if not self.pooled:
             self.execute(_RESET, prepare=False)
@@ -208,6 +214,8 @@ class NoAnswer(psycopg.OperationalError):
 def _until(deadline: float, exchange: Any, socket: int) -> Any:
     """Go through an exchange with the server as psycopg's own `waiting.wait` does, but not beyond *deadline*."""
     try:
+        if deadline <= monotonic():
+            raise NoAnswer("its time was over before anything was sent")
         awaited = next(exchange)
         with selectors.DefaultSelector() as selector:
             selector.register(socket, awaited)

@@ -1,30 +1,25 @@
-"""What belongs to the running thread or task: the choice of a database and the open transactions.
+"""What belongs to the running thread or task: its choice of a database, its timeout and its open transactions.
 
-Both live in `ContextVar`s, one pair per repo with a config of its own. A choice is inherited by tasks; a
+They live in `ContextVar`s, of each repo with a config of its own. A choice is inherited by tasks; a
 transaction is seen by them too, but only its owner may use it, so that a child's statement ends in an
 error instead of in somebody else's transaction, or outside it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
-from typing import Any, Final, Generic, ParamSpec, TypeVar
+from typing import Final, Generic, ParamSpec, TypeVar
 
 from sqlalchemy.engine import Connection
-from sqlalchemy.engine import Transaction as SQLTransaction
-from sqlalchemy.exc import DBAPIError, PendingRollbackError
 
 from .database import Choice, Database
-from .errors import TransactionDoomedError, TransactionOwnerError
+from .transaction import Mode, Transaction
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,152 +50,6 @@ class Block(Generic[T]):
         while block is not None and block is not self:
             block = block.outer.block
         return block is self
-
-
-class Owner:
-    """The thread or task, and the process, that something belongs to."""
-
-    __slots__ = ("pid", "task", "thread")
-
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self.thread = threading.current_thread()
-        self.task = _current_task()
-
-    @property
-    def is_this_process(self) -> bool:
-        return self.pid == os.getpid()
-
-    @property
-    def is_current(self) -> bool:
-        return self.is_this_process and self.thread is threading.current_thread() and self.task is _current_task()
-
-
-class Level:
-    """A transaction, or a savepoint in it: SQLAlchemy's handle, and the first error that broke it."""
-
-    __slots__ = ("cause", "handle")
-
-    def __init__(self, handle: SQLTransaction) -> None:
-        self.handle = handle
-        self.cause: BaseException | None = None
-
-
-class Transaction:
-    """An open transaction: its connection, its owner, and the first error that doomed it, if any.
-
-    Attributes:
-        database: The database that the transaction runs on.
-        connection: The connection that it holds.
-        owner: Who opened it, and alone may use it.
-        outer: The transaction, on another database, that this one was opened in.
-        is_over: Whether its block was left.
-    """
-
-    __slots__ = ("_levels", "connection", "database", "is_over", "outer", "owner")
-
-    def __init__(self, database: Database, connection: Connection, outer: Transaction | None) -> None:
-        self.database = database
-        self.connection = connection
-        self.outer = outer
-        self.owner = Owner()
-        self.is_over = False
-        self._levels = [Level(connection.begin())]
-
-    def __repr__(self) -> str:
-        return f"<Transaction on {self.database.home}>"
-
-    def check_usable(self) -> None:
-        """Raise unless the caller owns this transaction and nothing has failed in it."""
-        if not self.owner.is_current:
-            raise TransactionOwnerError(
-                f"the transaction on {self.database.home} belongs to the thread, task or process that opened "
-                "it, and this is another one: use `with repo.detached():` here for an independent unit of work",
-                home=self.database.home,
-            )
-        for level in self._levels:
-            if level.cause is None and not level.handle.is_active:
-                level.cause = PendingRollbackError("a session that had joined the transaction rolled it back")
-            if level.cause is not None:
-                raise self._doomed(level.cause)
-
-    def doom(self, cause: BaseException) -> None:
-        """Remember that *cause* broke the innermost level; the first one stays."""
-        level = self._levels[-1]
-        level.cause = level.cause or cause
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Run a verb: a database error in it dooms the innermost level, and so does a flush that failed."""
-        self.check_usable()
-        try:
-            yield
-        except BaseException as error:
-            if isinstance(error, DBAPIError) or not self._levels[-1].handle.is_active:
-                self.doom(error)
-            raise
-
-    @contextmanager
-    def joined(self) -> Iterator[None]:
-        """Run a nested block as part of this transaction: whatever it raises dooms it all."""
-        self.check_usable()
-        with self._dooming():
-            yield
-        self.check_usable()
-
-    @contextmanager
-    def savepoint(self, limited: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
-        """Run a block whose failure undoes the block alone; its own statements each in a *limited* block."""
-        self.check_usable()
-        with self.watch(), limited():
-            level = Level(self.connection.begin_nested())
-        self._levels.append(level)
-        try:
-            yield
-            self.check_usable()
-        except BaseException:
-            self._levels.pop()
-            with self._dooming(), limited():
-                _roll_back(level.handle)
-            raise
-        self._levels.pop()
-        with self._dooming(), limited():
-            level.handle.commit()
-
-    def commit(self) -> None:
-        """Commit, unless something failed: then `TransactionDoomedError`, and nothing is kept."""
-        self.check_usable()
-        self._levels[0].handle.commit()
-
-    def rollback(self) -> None:
-        """Roll back. In a forked child nothing is sent: the transaction is its parent's."""
-        _roll_back(self._levels[0].handle)
-
-    @contextmanager
-    def _dooming(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            self.doom(error)
-            raise
-
-    def _doomed(self, cause: BaseException) -> TransactionDoomedError:
-        first_line = str(cause).partition("\n")[0]
-        error = TransactionDoomedError(
-            f"the transaction on {self.database.home} is doomed: an earlier statement failed with "
-            f"{type(cause).__name__}: {first_line}. Nothing of it can be kept: leave the block, or put what may fail "
-            "into `with repo.savepoint():`",
-            home=self.database.home,
-            cause=cause,
-        )
-        error.__cause__ = cause
-        return error
-
-
-def _roll_back(handle: SQLTransaction) -> None:
-    # A session that failed in it may have ended it already, which SQLAlchemy warns about.
-    if handle.is_active:
-        handle.rollback()
 
 
 class Context:
@@ -271,10 +120,10 @@ class Context:
                 self._transaction.set(transaction)
 
     @contextmanager
-    def entered(self, database: Database, connection: Connection) -> Iterator[Transaction]:
+    def entered(self, database: Database, connection: Connection, mode: Mode) -> Iterator[Transaction]:
         """Make a transaction on *connection* the current one for the block."""
         outer = self._transaction.get()
-        transaction = Transaction(database, connection, outer)
+        transaction = Transaction(database, connection, outer, mode)
         self._transaction.set(transaction)
         try:
             yield transaction
@@ -327,10 +176,3 @@ def _scoped(variable: ContextVar[Selection[T]], value: T | None, shown: str) -> 
 
 def _runs_later(function: object) -> bool:
     return iscoroutinefunction(function) or isgeneratorfunction(function) or isasyncgenfunction(function)
-
-
-def _current_task() -> Any:
-    try:
-        return asyncio.current_task()
-    except RuntimeError:  # no event loop runs in this thread
-        return None

@@ -35,6 +35,7 @@ from .errors import (
 )
 from .ledger import Ledger
 from .listeners import Listeners
+from .transaction import Mode
 
 if TYPE_CHECKING:
     from .connection import DriverConnection
@@ -449,6 +450,14 @@ def autocommit(connection: Connection) -> None:
         dbapi_connection = record_of(connection).dbapi_connection
         assert dbapi_connection is not None
         dbapi_connection.set_autocommit_mode(True)
+
+
+def begin_as(connection: Connection, mode: Mode) -> None:
+    """Have the next transaction on *connection* run in *mode*."""
+    if mode.isolation or mode.read_only:
+        dbapi_connection = record_of(connection).dbapi_connection
+        assert dbapi_connection is not None
+        dbapi_connection.begin_as(mode.isolation, read_only=mode.read_only, deferrable=mode.deferrable)
 
 
 @contextmanager

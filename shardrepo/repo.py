@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, ParamSpec, TypeVar, Unpack, overload
+from typing import Any, ClassVar, NoReturn, ParamSpec, TypeVar, Unpack, overload
 
 from sqlalchemy import Executable, Select
 from sqlalchemy.engine import Engine, Result, Row
@@ -17,6 +17,7 @@ from .reading import Options as LoaderOptions
 from .router import Router
 from .session import RoutedSession, home_of, rehome
 from .stats import Stats
+from .transaction import Isolation, Mode
 from .writing import BulkResult
 
 P = ParamSpec("P")
@@ -446,14 +447,64 @@ class Repo:
     # Transactions
 
     @classmethod
-    def transaction(cls) -> AbstractContextManager[None]:
+    def transaction(
+        cls,
+        *,
+        isolation: Isolation | None = None,
+        read_only: bool = False,
+        deferrable: bool = False,
+        timeout: float | None = None,
+    ) -> AbstractContextManager[None]:
         """Run a block in a transaction on the current database: committed at its end, rolled back on any error.
 
         It belongs to the thread or task that opened it. Inside another one on the same database it is part
         of that. A database error outside a `savepoint` dooms it: later verbs raise `TransactionDoomedError`,
         and so does leaving the block normally.
+
+            >>> with MyRepo.transaction(isolation="serializable", timeout=5.0):     # doctest: +SKIP
+            ...     MyRepo.update(account, balance=account.balance - 10)
+
+        Args:
+            isolation: "read committed", "repeatable read" or "serializable"; the database's own if not given.
+            read_only: Have the server refuse to write in it.
+            deferrable: Let the server wait until it can run to its end; for serializable ones that only read.
+            timeout: Seconds for all of its verbs, savepoints and its COMMIT together; what is left when a call
+                begins is its time, as with `call_options`, which may give it less. A COMMIT that would be too late
+                is not sent. What is done with a `session` keeps its own time.
+
+        Raises:
+            ConfigError: An option is unknown or contradicts another; or the block is part of a transaction that was
+                opened with others.
         """
-        return cls._router.transaction()
+        return cls._router.plain_transaction(_mode(isolation, read_only, deferrable, timeout))
+
+    @classmethod
+    def transact(
+        cls,
+        function: Callable[[], T],
+        *,
+        isolation: Isolation | None = None,
+        read_only: bool = False,
+        deferrable: bool = False,
+        timeout: float | None = None,
+    ) -> T:
+        """Call *function* in a `transaction` with these options, and return what it returns.
+
+        If it calls `rollback`, nothing is kept, and what that was given is returned in its place.
+        """
+        return cls._router.transact(function, _mode(isolation, read_only, deferrable, timeout))
+
+    @classmethod
+    def rollback(cls, value: object = None) -> NoReturn:
+        """End the innermost `transaction` or `transact` block on the current database, and keep nothing of it.
+
+        `transact` returns *value*; a ``with`` block ends quietly. When the block is part of another one, that one is
+        doomed: it can only be rolled back too.
+
+        Raises:
+            NotInTransactionError: There is no open transaction on the current database.
+        """
+        cls._router.rollback(value)
 
     @classmethod
     def savepoint(cls) -> AbstractContextManager[None]:
@@ -547,6 +598,10 @@ class Repo:
         Connections in use are closed when they are returned.
         """
         cls._router.cache.dispose()
+
+
+def _mode(isolation: Any, read_only: bool, deferrable: bool, timeout: float | None) -> Mode:
+    return Mode(isolation, read_only, deferrable, checked_seconds("timeout", optional=True)(timeout))
 
 
 def _chosen(choice: Any, options: Mapping[str, Any]) -> Choice | None:

@@ -7,6 +7,7 @@ one from the cache.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
@@ -14,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar
 
 from sqlalchemy import text
 from sqlalchemy.engine import Connection, Engine
@@ -24,12 +25,13 @@ from sqlalchemy.util import memoized_property  # functools' own locks before Pyt
 
 from . import reading, reloading, writing
 from .config import Config, ConfigSource
-from .context import Context, Transaction, deadline
+from .context import Context, deadline
 from .database import Choice, Chosen, Database, choose
 from .errors import NoDatabaseError, NotInTransactionError, StaleError, WrongDatabaseError
 from .listeners import Listeners
-from .pool import autocommit, disown, is_aborted, limited, vouch
+from .pool import autocommit, begin_as, disown, is_aborted, limited, vouch
 from .session import HomeSession, RoutedSession, Snapshot, common_home, mapper_of
+from .transaction import Ending, Mode, Transaction
 
 if TYPE_CHECKING:
     from .engines import ConnectionCache
@@ -200,9 +202,7 @@ class Router:
                     transaction.check_usable()
                     connection = transaction.connection
                 else:
-                    connection = stack.enter_context(self._own_connection(database))
-                    with self._limited(connection):
-                        connection.execute(text("SET TRANSACTION READ ONLY"))
+                    connection = stack.enter_context(self._own_connection(database, Mode(read_only=True)))
             session = stack.enter_context(_session(database, connection))
             rows = _watched(reading.stream(session, statement), database, transaction)
             yield stack.enter_context(closing(rows))
@@ -258,7 +258,7 @@ class Router:
         """The connection of the caller's transaction on *database*, else one of the cache's."""
         transaction = self.context.transaction(database)
         try:
-            if self.context.timeout is not None:
+            if self.context.timeout is not None or (transaction is not None and transaction.until is not None):
                 with self._limited_connection(database, transaction) as connection:
                     yield connection
             elif transaction is not None:
@@ -275,7 +275,7 @@ class Router:
     @contextmanager
     def _limited_connection(self, database: Database, transaction: Transaction | None) -> Iterator[Connection]:
         """The same for a call that has so many seconds in all: to get a connection, and for its statements."""
-        with self._timed() as until:
+        with self._timed(transaction) as until:
             if transaction is not None:
                 with transaction.watch(), limited(transaction.connection, until):
                     yield transaction.connection
@@ -285,10 +285,13 @@ class Router:
                     yield connection
 
     @contextmanager
-    def _timed(self) -> Iterator[float | None]:
-        """Give a call the seconds that `call_options` says; yields when it has to be over, None for never."""
-        timeout = self.context.timeout
-        before, until = deadline.get(), None if timeout is None else monotonic() + timeout
+    def _timed(self, transaction: Transaction | None = None) -> Iterator[float | None]:
+        """Give a call the seconds that `call_options` says, or are left of its transaction's; yields when it has to be
+        over, None for never."""
+        timeout, before = self.context.timeout, deadline.get()
+        until = None if timeout is None else monotonic() + timeout
+        if transaction is not None and transaction.until is not None:
+            until = min(until or math.inf, transaction.until)
         deadline.set(until)
         try:
             yield until
@@ -296,52 +299,79 @@ class Router:
             deadline.set(before)
 
     @contextmanager
-    def _limited(self, connection: Connection) -> Iterator[None]:
+    def _limited(self, connection: Connection, transaction: Transaction | None = None) -> Iterator[None]:
         """Give what the block sends on *connection* the time of one call."""
-        with self._timed() as until, limited(connection, until):
+        with self._timed(transaction) as until, limited(connection, until):
             yield
 
     @contextmanager
-    def _own_connection(self, database: Database) -> Iterator[Connection]:
-        """A connection for a block, whatever is open."""
+    def _own_connection(self, database: Database, mode: Mode) -> Iterator[Connection]:
+        """A connection for a transaction in *mode*, whatever else is open."""
         with self._timed():
             connection = self.cache.engine(database).connect()
         with connection:
             vouch(connection)
+            begin_as(connection, mode)
             yield connection
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, mode: Mode) -> Iterator[Ending]:
         """Open a transaction on the current database, or join the one that is open on it."""
         database = self.current
         joined = self.context.transaction(database)
         if joined is not None:
-            with joined.joined():
-                yield
+            with joined.joined(mode) as ending:
+                yield ending
             return
-        with self._own_connection(database) as connection, self.context.entered(database, connection) as transaction:
+        with (
+            self._own_connection(database, mode) as connection,
+            self.context.entered(database, connection, mode) as transaction,
+            transaction.block() as ending,
+        ):
             try:
-                yield
+                yield ending
                 if is_aborted(connection):
                     # PostgreSQL would answer a COMMIT with a ROLLBACK, and call it a success.
                     transaction.doom(PendingRollbackError("a statement of a session that had joined it failed"))
-                with self._limited(connection):
+                with self._limited(connection, transaction):
                     transaction.commit()
-            except BaseException:
+            except BaseException as error:
                 with self._limited(connection):
                     transaction.rollback()
-                raise
+                if not ending.takes(error):
+                    raise
 
     @contextmanager
-    def savepoint(self) -> Iterator[None]:
-        """Mark a point in the open transaction that a failure in the block goes back to."""
+    def plain_transaction(self, mode: Mode) -> Iterator[None]:
+        """`transaction`, for those who have no use for how it ends."""
+        with self.transaction(mode):
+            yield
+
+    def transact(self, function: Callable[[], T], mode: Mode) -> T:
+        """The value of *function*, run in a transaction, or of the `rollback` that ended it."""
+        with self.transaction(mode) as ending:
+            ending.value = function()
+        value: T = ending.value
+        return value
+
+    def rollback(self, value: Any) -> NoReturn:
+        """End the innermost block of the transaction on the current database."""
+        self._transaction("rollback() ends a block of one").rollback_with(value)
+
+    def _transaction(self, why: str) -> Transaction:
         database = self.current
         transaction = self.context.transaction(database)
         if transaction is None:
             raise NotInTransactionError(
-                f"a savepoint needs an open transaction on {database.home}: wrap it in `with repo.transaction():`"
+                f"there is no open transaction on {database.home}, and {why}: wrap it in `with repo.transaction():`"
             )
-        with transaction.savepoint(partial(self._limited, transaction.connection)):
+        return transaction
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """Mark a point in the open transaction that a failure in the block goes back to."""
+        transaction = self._transaction("a savepoint is a part of one")
+        with transaction.savepoint(partial(self._limited, transaction.connection, transaction)):
             yield
 
     def in_transaction(self) -> bool:

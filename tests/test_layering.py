@@ -20,6 +20,7 @@ LAYERS = [
     {"log"},
     {"entries"},
     {"database", "places"},
+    {"transaction"},
     {"config", "context", "scram", "ledger", "listeners", "connection", "diagnosis"},
     {"driver"},
     {"pool"},
