@@ -18,7 +18,7 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.base import ExecutableOption
 
 from .errors import unknown
-from .session import HomeSession, load_object, mapper_of, state_of
+from .session import HomeSession, key_names, load_object, mapper_of, state_of
 
 Options: TypeAlias = Sequence[ExecutableOption]
 Aggregate: TypeAlias = Literal["avg", "count", "max", "min", "sum"]
@@ -57,8 +57,7 @@ def load(home: str, model: Any, values: Any) -> Any:
         raise TypeError(f"load() takes a row or a mapping, not {type(values).__name__}")
     names = set(mapper.column_attrs.keys())
     known = {name: value for name, value in given.items() if name in names}
-    for column in mapper.primary_key:
-        name = mapper.get_property_by_column(column).key
+    for name in key_names(mapper):
         if known.get(name) is None:
             raise ValueError(f"without a primary key this is no stored {mapper.class_.__name__}: {name} is missing")
     made = load_object(mapper, known.items(), home)
@@ -217,7 +216,7 @@ _LAZY: Final = frozenset({True, None, "select", "raise", "raise_on_sql", "noload
 def key_parameters(mapper: Mapper[Any], key: Any) -> dict[str, Any]:
     columns = mapper.primary_key
     if isinstance(key, Mapping):
-        names = [mapper.get_property_by_column(column).key for column in columns]
+        names = key_names(mapper)
         if set(key) != set(names):
             raise ValueError(f"the primary key of {mapper.class_.__name__} is {names}, not {sorted(key)}")
         values: Sequence[Any] = [key[name] for name in names]
@@ -272,9 +271,7 @@ def _ordered(statement: Select[Any]) -> Select[Any]:
     entity = next((each["entity"] for each in statement.column_descriptions if each.get("entity") is not None), None)
     if entity is None:
         raise ValueError("which row is first? The query has no order and no mapped class: give it an order_by()")
-    mapper = inspect(entity).mapper
-    keys = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
-    return statement.order_by(*(getattr(entity, key) for key in keys))
+    return statement.order_by(*(getattr(entity, name) for name in key_names(inspect(entity).mapper)))
 
 
 def _reversed(clause: Any) -> Any:

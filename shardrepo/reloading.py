@@ -27,7 +27,7 @@ from sqlalchemy.orm.collections import collection_adapter
 from sqlalchemy.orm.strategy_options import _AbstractLoad
 
 from .reading import Options, unique
-from .session import HomeSession, state_of
+from .session import HomeSession, key_names, state_of
 
 # Keys in one statement, as SQLAlchemy's own loaders have it.
 CHUNK: Final = 500
@@ -106,7 +106,7 @@ def check_owners(objects: Iterable[object], tree: Tree) -> None:
 
 def reload(session: HomeSession, objects: Sequence[object], options: Options) -> list[Any]:
     """What is stored now of each of *objects*, in their order; None for what is not there any more."""
-    states = [_stored(obj, "reload") for obj in objects]
+    states = [state_of(obj) for obj in objects]
     groups: defaultdict[Mapper[Any], list[InstanceState[Any]]] = defaultdict(list)
     for state in states:
         groups[state.mapper].append(state)
@@ -120,14 +120,15 @@ def reload(session: HomeSession, objects: Sequence[object], options: Options) ->
 
 def preload(session: HomeSession, objects: Sequence[object], tree: Tree, *, force: bool) -> None:
     """Load what *tree* says of *objects*, where that is not loaded yet or *force* says so; at once, or nothing."""
-    for obj, name, value in list(_found(session, [_stored(obj, "preload") for obj in objects], tree, force=force)):
+    for obj, name, value in list(_found(session, objects, tree, force=force)):
         set_committed_value(obj, name, value)
 
 
 def _found(
-    session: HomeSession, states: Sequence[InstanceState[Any]], tree: Tree, *, force: bool
+    session: HomeSession, objects: Sequence[object], tree: Tree, *, force: bool
 ) -> Iterator[tuple[Any, str, Any]]:
     """Which value is to become which attribute of which object."""
+    states = [state_of(obj) for obj in objects]
     for step, below in tree.items():
         missing: list[InstanceState[Any]] = []
         there: list[InstanceState[Any]] = []
@@ -136,7 +137,7 @@ def _found(
         yield from _loaded(session, missing, step, below)
         if below:
             members = [member for state in there for member in _members(state, step)]
-            check_owners((member.obj() for member in members), below)
+            check_owners(members, below)
             yield from _found(session, members, below, force=force)
 
 
@@ -145,10 +146,7 @@ def _loaded(
 ) -> Iterator[tuple[Any, str, Any]]:
     relationship = step.relationship
     owner: Any = aliased(relationship.parent)
-    keys = [
-        getattr(owner, relationship.parent.get_property_by_column(column).key)
-        for column in relationship.parent.primary_key
-    ]
+    keys = [getattr(owner, name) for name in key_names(relationship.parent)]
     statement: Any = (
         select(*keys, relationship.entity.entity)
         .select_from(owner)
@@ -172,14 +170,12 @@ def _options(entity: Any, tree: Tree) -> list[Any]:
     ]
 
 
-def _members(state: InstanceState[Any], step: Step) -> list[InstanceState[Any]]:
+def _members(state: InstanceState[Any], step: Step) -> list[object]:
     """What a relationship that is loaded refers to."""
     value = state.dict[step.key]
     if value is None:
         return []
-    if not step.relationship.uselist:
-        return [state_of(value)]
-    return [state_of(each) for each in collection_adapter(value)]
+    return list(collection_adapter(value)) if step.relationship.uselist else [value]
 
 
 def _chunks(
@@ -198,10 +194,3 @@ def _chunks(
 def _identity(state: InstanceState[Any]) -> tuple[Any, ...]:
     assert state.key is not None
     return tuple(state.key[1])
-
-
-def _stored(obj: object, verb: str) -> InstanceState[Any]:
-    state = state_of(obj)
-    if state.key is None:
-        raise ValueError(f"cannot {verb} this {type(obj).__name__}: it was never stored, insert() it first")
-    return state

@@ -57,6 +57,11 @@ def mapper_of(model: Any) -> Mapper[Any]:
     raise TypeError(f"{model!r} is not a mapped class")
 
 
+def key_names(mapper: Mapper[Any]) -> list[str]:
+    """The attributes of the primary key, in its order."""
+    return [mapper.get_property_by_column(column).key for column in mapper.primary_key]
+
+
 def home_of(obj: object) -> str | None:
     """The home of *obj*, as ``server/name``; None for one that was never stored nor rehomed."""
     return _home(state_of(obj))
