@@ -7,8 +7,10 @@ from .errors import (
     CheckoutTimeoutError,
     ConfigError,
     ConnectError,
+    ConstraintError,
     NoDatabaseError,
     NotInTransactionError,
+    ReadOnlyError,
     RepoDisposedError,
     ServerFullError,
     ServerUnavailableError,
@@ -21,9 +23,9 @@ from .errors import (
 )
 from .log import DatabaseFilter
 from .repo import Repo
+from .returning import BulkResult
 from .session import RoutedSession
 from .stats import Stats
-from .writing import BulkResult
 
 __version__ = "0.1.0"
 
@@ -36,10 +38,12 @@ __all__ = [
     "Config",
     "ConfigError",
     "ConnectError",
+    "ConstraintError",
     "Database",
     "DatabaseFilter",
     "NoDatabaseError",
     "NotInTransactionError",
+    "ReadOnlyError",
     "Repo",
     "RepoDisposedError",
     "RoutedSession",

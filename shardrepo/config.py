@@ -11,6 +11,7 @@ from typing import Any, Final, TypeAlias
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from .calls import checked_seconds
 from .database import ADDRESS_PARAMETERS, Choice, Database, Options, checked, database_from, options_of_url
 from .entries import Ages
 from .errors import ConfigError, NoDatabaseError, unknown
@@ -19,9 +20,6 @@ from .places import Bounds
 ConfigSource: TypeAlias = "str | URL | Mapping[str, Any] | Callable[[], str | URL | Mapping[str, Any]]"
 
 _POOL_SIZE: Final = 20
-
-# A day; what the system can wait for at once ends somewhere above.
-MAX_TIMEOUT: Final = 86_400
 
 _ADDRESS: Final = frozenset(Options.__annotations__)
 
@@ -85,6 +83,7 @@ class Config:
         warn_after: Seconds after which a connection that is still held is logged, with the stack that took it; None
             for no such warning, which would cost each checkout a few microseconds.
         require_database: Whether a verb needs a chosen database, the default being no fallback.
+        read_only: Whether verbs that write are refused, and the server is told to refuse what writes beside them.
         pgbouncer: Whether PgBouncer in transaction mode stands in front of the servers, where each transaction may
             run in another session. Nothing is prepared then, and nothing reset. What your own SQL leaves in a session
             (`SET`, `LISTEN`, an advisory lock, a temporary table) stays there for whoever is given it next, other
@@ -109,6 +108,7 @@ class Config:
     check_after: float | None = 30.0
     warn_after: float | None = None
     require_database: bool = False
+    read_only: bool = False
     pgbouncer: bool = False
     maintenance_database: str = "postgres"
     application_name: str = "shardrepo"
@@ -136,6 +136,11 @@ class Config:
         for inner, outer in _ENCLOSED:
             _check_order(values, inner, outer)
         config = cls(address=address, **values)
+        if config.read_only and config.pgbouncer:
+            raise ConfigError(
+                "read_only=True contradicts pgbouncer=True, which cannot be told: "
+                "use a role with ALTER ROLE … SET default_transaction_read_only = on"
+            )
         config._check_pooled("connect_args", config.connect_args)
         config._check_pooled("the query", dict(address.get("query", ())))
         return config
@@ -241,22 +246,6 @@ def _checked_count(name: str, remedy: str, *, optional: bool = False) -> Callabl
     return check
 
 
-def checked_seconds(name: str, *, optional: bool = False) -> Callable[[object], float | None]:
-    """Make a check of a duration, which raises `ConfigError`; None passes if the duration is *optional*."""
-
-    def check(value: object) -> float | None:
-        if value is None and optional:
-            return None
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            wanted = "a number of seconds or None" if optional else "a number of seconds"
-            raise ConfigError(f"{name} must be {wanted}, not {type(value).__name__} {value!r}")
-        if not 0 < value <= MAX_TIMEOUT:
-            raise ConfigError(f"{name}={value} cannot be kept: give seconds, above 0 and up to {MAX_TIMEOUT}")
-        return float(value)
-
-    return check
-
-
 def _checked_flag(name: str) -> Callable[[object], bool]:
     def check(value: object) -> bool:
         if not isinstance(value, bool):
@@ -289,7 +278,7 @@ _SETTINGS: Final[Mapping[str, Callable[[object], Any]]] = {
         name: checked_seconds(name, optional=True)
         for name in ("idle_timeout", "max_lifetime", "check_after", "warn_after")
     },
-    **{name: _checked_flag(name) for name in ("require_database", "pgbouncer")},
+    **{name: _checked_flag(name) for name in ("require_database", "read_only", "pgbouncer")},
     "maintenance_database": lambda value: _checked_text("maintenance_database", value),
     "application_name": lambda value: _checked_text("application_name", value),
     "connect_args": _checked_mapping(

@@ -62,11 +62,13 @@ class DriverConnection(psycopg.Connection[Any]):
         database: Where it leads.
         used: Whether anything was sent, or a setting changed, since `settle` or `rest`.
         pooled: Whether each transaction may run in another session of the server, as a pooler has it.
+        reads_only: Whether the server was told to refuse what writes.
     """
 
     database: Database
     used: bool
     pooled: bool = False
+    reads_only: bool = False
 
     def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(pgconn, *args, **kwargs)
@@ -180,7 +182,11 @@ class DriverConnection(psycopg.Connection[Any]):
         read-only, as one does that another has taken over from.
         """
         if isinstance(error, ReadOnlySqlTransaction):
-            own = self.read_only or all(self.pgconn.parameter_status(name) == b"off" for name in _READ_ONLY)
+            own = (
+                self.read_only
+                or self.reads_only
+                or all(self.pgconn.parameter_status(name) == b"off" for name in _READ_ONLY)
+            )
             return None if own else "connection"
         return "statements" if error.diag.source_function == _REVALIDATES and self._prepared._names else None
 

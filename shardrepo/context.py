@@ -1,4 +1,4 @@
-"""What belongs to the running thread or task: its choice of a database, its timeout and its open transactions.
+"""What belongs to the running thread or task: its choice of a database, its call options and what it holds open.
 
 They live in `ContextVar`s, of each repo with a config of its own. A choice is inherited by tasks; a
 transaction is seen by them too, but only its owner may use it, so that a child's statement ends in an
@@ -8,26 +8,23 @@ error instead of in somebody else's transaction, or outside it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
-from typing import Final, Generic, ParamSpec, TypeVar
+from typing import Any, Final, Generic, ParamSpec, TypeVar
 
-from sqlalchemy.engine import Connection
-
+from .calls import CallOptions
 from .database import Choice, Database
-from .transaction import Mode, Transaction
+from .transaction import Held, Transaction
 
 P = ParamSpec("P")
 T = TypeVar("T")
+H = TypeVar("H", bound=Held)
 
 logger: Final = logging.getLogger("shardrepo.context")
-
-# When the call that runs here has to be over, on the clock of `time.monotonic`; None for never.
-deadline: Final[ContextVar[float | None]] = ContextVar("shardrepo deadline", default=None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,12 +50,12 @@ class Block(Generic[T]):
 
 
 class Context:
-    """The choice and the transactions of whoever is running, for one repo."""
+    """The choice, the call options and the transactions of whoever is running, for one repo."""
 
     def __init__(self, name: str) -> None:
         self._choice: ContextVar[Selection[Choice]] = ContextVar(f"{name} choice", default=Selection())  # noqa: B039  # frozen
-        self._timeout: ContextVar[Selection[float]] = ContextVar(f"{name} timeout", default=Selection())  # noqa: B039
-        self._transaction: ContextVar[Transaction | None] = ContextVar(f"{name} transaction", default=None)
+        self._options: ContextVar[Selection[CallOptions]] = ContextVar(f"{name} options", default=Selection())  # noqa: B039
+        self._held: ContextVar[Held | None] = ContextVar(f"{name} held", default=None)
 
     @property
     def choice(self) -> Choice | None:
@@ -81,28 +78,44 @@ class Context:
         return _scoped(self._choice, choice, f"using({choice!r})")
 
     @property
-    def timeout(self) -> float | None:
-        """Seconds that a call may take here; None for no limit."""
-        return self._timeout.get().value
-
-    def limited(self, timeout: float | None) -> AbstractContextManager[None]:
-        """Let each call in the block take *timeout* seconds; left in another context, it is as `using` is."""
-        return _scoped(self._timeout, timeout, f"call_options(timeout={timeout})")
+    def options(self) -> CallOptions | None:
+        """How calls are run here; None when nothing was said."""
+        return self._options.get().value
 
     @property
-    def has_transactions(self) -> bool:
-        """Whether any transaction is open here, on whatever database, whoever owns it."""
-        return self._transaction.get() is not None
+    def tags(self) -> Mapping[str, Any]:
+        """What is said about the calls here."""
+        options = self.options
+        return options.tags if options is not None else {}
 
-    def transaction(self, database: Database) -> Transaction | None:
-        """The innermost open transaction on *database*, whoever owns it.
+    @contextmanager
+    def calling(self, options: CallOptions, *, by_default: bool = False) -> Iterator[None]:
+        """Run each call in the block with *options*, and with those of the blocks around it that they leave open, or
+        *by_default* the other way round; left in another context, it is as `using` is."""
+        around = self.options
+        merged = around.over(options) if by_default and around is not None else options.over(around)
+        with _scoped(self._options, merged, "call_options(...)"):
+            yield
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether any connection is held here, to whatever database, whoever owns it."""
+        return self._held.get() is not None
+
+    def held(self, database: Database) -> Held | None:
+        """What the innermost block on *database* that holds a connection holds, whoever owns it.
 
         One that is over may still be here: another thread has collected the generator that had opened it.
         """
-        transaction = self._transaction.get()
-        while transaction is not None and (transaction.is_over or transaction.database.key != database.key):
-            transaction = transaction.outer
-        return transaction
+        held = self._held.get()
+        while held is not None and (held.is_over or held.database.key != database.key):
+            held = held.outer
+        return held
+
+    def transaction(self, database: Database) -> Transaction | None:
+        """The open transaction on *database*, whoever owns it."""
+        held = self.held(database)
+        return held if isinstance(held, Transaction) else None
 
     @contextmanager
     def detached(self) -> Iterator[None]:
@@ -110,27 +123,26 @@ class Context:
 
         A database that is chosen in the block is chosen for the block.
         """
-        transaction = self._transaction.get()
-        self._transaction.set(None)
+        held = self._held.get()
+        self._held.set(None)
         try:
             with self.using(self.choice):
                 yield
         finally:
-            if self._transaction.get() is None:
-                self._transaction.set(transaction)
+            if self._held.get() is None:
+                self._held.set(held)
 
     @contextmanager
-    def entered(self, database: Database, connection: Connection, mode: Mode) -> Iterator[Transaction]:
-        """Make a transaction on *connection* the current one for the block."""
-        outer = self._transaction.get()
-        transaction = Transaction(database, connection, outer, mode)
-        self._transaction.set(transaction)
+    def holding(self, held: H) -> Iterator[H]:
+        """Make *held* what the block holds."""
+        held.outer = self._held.get()
+        self._held.set(held)
         try:
-            yield transaction
+            yield held
         finally:
-            transaction.is_over = True
-            if self._transaction.get() is transaction:
-                self._transaction.set(outer)
+            held.is_over = True
+            if self._held.get() is held:
+                self._held.set(held.outer)
 
     def carry(self, function: Callable[P, T]) -> Callable[P, T]:
         """Wrap *function* so that it runs with this context's choice in whatever thread calls it."""
@@ -139,18 +151,18 @@ class Context:
                 f"carry() takes a plain function, and {function!r} runs after it has returned: "
                 "use `with repo.using(...)` inside it"
             )
-        choice, transaction = self._choice.get(), self._transaction.get()
+        choice, held = self._choice.get(), self._held.get()
 
         @wraps(function)
         def carried(*args: P.args, **kwargs: P.kwargs) -> T:
-            before, outer = self._choice.get(), self._transaction.get()
+            before, outer = self._choice.get(), self._held.get()
             self._choice.set(choice)
-            self._transaction.set(transaction)
+            self._held.set(held)
             try:
                 return function(*args, **kwargs)
             finally:
                 self._choice.set(before)
-                self._transaction.set(outer)
+                self._held.set(outer)
 
         return carried
 

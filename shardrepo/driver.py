@@ -19,9 +19,9 @@ from psycopg import pq
 from psycopg.abc import AdaptContext
 from psycopg.conninfo import make_conninfo
 
+from .calls import deadline as call_deadline
 from .config import Config
 from .connection import DriverConnection, ready
-from .context import deadline as call_deadline
 from .database import Database, Secret, digest
 from .diagnosis import NO_SUCH_DATABASE, TRACES_LOGIN, Attempt, Reasons, Trace, error_of
 from .errors import ConfigError, ServerUnavailableError, WrongDatabaseError
@@ -63,6 +63,7 @@ class Target:
     prepare_threshold: int | None
     conninfo: str
     pooled: bool
+    reads_only: bool
     maintenance_database: str
 
     @classmethod
@@ -70,6 +71,9 @@ class Target:
         """Prepare connects to *database*. Raises `ConfigError` for a connection parameter that libpq does not know."""
         parameters = {**_KEEPALIVE, **dict(database.query), **config.connect_args}
         prepare_threshold = parameters.pop("prepare_threshold", None if config.pgbouncer else 5)
+        if config.read_only:
+            given = parameters.get("options", os.environ.get("PGOPTIONS", ""))
+            parameters["options"] = f"{given} -c default_transaction_read_only=on"
         try:
             conninfo = make_conninfo(
                 host=database.host,
@@ -87,6 +91,7 @@ class Target:
             prepare_threshold=prepare_threshold,
             conninfo=conninfo,
             pooled=config.pgbouncer,
+            reads_only=config.read_only,
             maintenance_database=config.maintenance_database,
         )
 
@@ -120,6 +125,7 @@ def _opened(attempt: Attempt, target: Target) -> DriverConnection:
     connection = DriverConnection(attempt.pgconn)
     connection.database = target.database
     connection.pooled = target.pooled
+    connection.reads_only = target.reads_only
     return connection
 
 

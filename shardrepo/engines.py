@@ -11,19 +11,21 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from time import monotonic
 from typing import Any, Final, Self
 
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.util import LRUCache
 
+from .calls import COPIED_ROWS
 from .config import Config
 from .connection import OUTDATED, DriverConnection
+from .constraints import told_apart
 from .database import Database
 from .driver import Target, connect
 from .entries import Kind
@@ -95,7 +97,13 @@ class SharedDialect(PGDialect_psycopg):
             self._execute(cursor, statement, parameters, context)
 
     def do_execute_no_params(self, cursor: Any, statement: str, context: Any = None) -> None:
-        self.do_execute(cursor, statement, None, context)
+        rows = None if context is None else context.execution_options.get(COPIED_ROWS)
+        if rows is None:
+            self.do_execute(cursor, statement, None, context)
+            return
+        with self._told(cursor, statement), cursor.copy(statement) as copy:
+            for row in rows:
+                copy.write_row(row)
 
     def do_executemany(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
         with self._told(cursor, statement):
@@ -149,9 +157,12 @@ class ConnectionCache:
     A forked child starts with an empty one and leaves the parent's sockets alone.
     """
 
-    def __init__(self, config: Config, listeners: Listeners) -> None:
+    def __init__(
+        self, config: Config, listeners: Listeners, configure: Callable[[Engine, Database], object] | None = None
+    ) -> None:
         self.config = config
         self.listeners = listeners
+        self._configure = configure
         self.ledger: Books = Ledger(config.pool_size, config.bounds, config.ages, MAX_CONNECTING)
         self.housekeeper = Housekeeper(self.ledger, self.config.warn_after)
         self._start_empty()
@@ -231,10 +242,14 @@ class ConnectionCache:
         )
         shared = engine.dialect
         assert isinstance(shared, SharedDialect)
-        self._dialects[database.server] = shared
-        shared.listeners = self.listeners
+        if shared is not dialect:
+            self._dialects[database.server] = shared
+            shared.listeners = self.listeners
+            event.listen(engine, "handle_error", told_apart, retval=True)
         engine.update_execution_options(compiled_cache=shared.compiled)
         engine.pool.engine = engine  # type: ignore[attr-defined]  # a LedgerPool
+        if self._configure is not None:
+            self._configure(engine, database)
         return engine
 
 

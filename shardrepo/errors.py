@@ -16,6 +16,7 @@ from sqlalchemy.orm.exc import StaleDataError
 if TYPE_CHECKING:
     from .database import Database
 
+Kind: TypeAlias = Literal["unique", "foreign_key", "check", "exclusion", "not_null"]
 Unavailable: TypeAlias = Literal["refused", "timeout", "starting", "deadline", "replaced", "down"]
 
 
@@ -160,6 +161,47 @@ class TransactionOwnerError(ShardRepoError):
 
 class NotInTransactionError(ShardRepoError):
     """What was asked for needs an open transaction."""
+
+
+class ReadOnlyError(ShardRepoError):
+    """A verb that writes was called on a repo whose config says ``read_only=True``. Nothing was sent."""
+
+
+class ConstraintError(ShardRepoError, sa_exc.IntegrityError):
+    """The server refused a row because of a constraint. The message, statement and parameters are SQLAlchemy's.
+
+    Attributes:
+        kind: Which kind of constraint it is. A primary key is "unique".
+        constraint: Its name; None for "not_null", which has none before PostgreSQL 18.
+        table: The table that it belongs to; for a foreign key the one that refers.
+        columns: Its columns, from the server where it says them, else from the mapping; () where neither knows.
+        orig: The driver's error.
+    """
+
+    code = None  # type: ignore[assignment]  # as above
+
+    def __init__(
+        self,
+        error: sa_exc.IntegrityError,
+        *,
+        kind: Kind,
+        constraint: str | None,
+        table: str | None,
+        columns: Iterable[str] = (),
+    ) -> None:
+        sa_exc.IntegrityError.__init__(
+            self,
+            error.statement,
+            error.params,
+            error.orig,  # type: ignore[arg-type]  # an IntegrityError of SQLAlchemy's always has one
+            hide_parameters=error.hide_parameters,
+            connection_invalidated=error.connection_invalidated,
+            ismulti=error.ismulti,
+        )
+        self.kind: Kind = kind
+        self.constraint = constraint
+        self.table = table
+        self.columns = tuple(columns)
 
 
 class StaleError(ShardRepoError, StaleDataError):

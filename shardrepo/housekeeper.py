@@ -105,7 +105,7 @@ class Housekeeper:
                 seconds,
                 holder(entry),
                 record.taken,
-                extra=database.labels,
+                extra=record.pool.listeners.labels(database),
             )
 
     def _warn_of_target(self, ledger: Books) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 from .database import Database
@@ -32,6 +32,7 @@ class Event:
         reason: Why, for ``evict``, ``close`` and ``timeout``.
         statement: The SQL, for ``query``. Its parameters are not told.
         error: What it failed with, for ``connect`` and ``query``.
+        tags: What `call_options` said about the call in which it happened.
     """
 
     name: EventName
@@ -40,12 +41,17 @@ class Event:
     reason: str | None = None
     statement: str | None = None
     error: BaseException | None = None
+    tags: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Listeners:
-    """Those who listen to one repo, by event: each attribute is a tuple, replaced when somebody comes or goes."""
+    """Those who listen to one repo, by event: each attribute is a tuple, replaced when somebody comes or goes.
 
-    __slots__ = ("_inside", "_lock", *NAMES)
+    Args:
+        tags: Yields what is said about the call that runs where it is called.
+    """
+
+    __slots__ = ("_inside", "_lock", "_tags", *NAMES)
 
     connect: tuple[Listener, ...]
     checkout: tuple[Listener, ...]
@@ -55,7 +61,8 @@ class Listeners:
     timeout: tuple[Listener, ...]
     query: tuple[Listener, ...]
 
-    def __init__(self) -> None:
+    def __init__(self, tags: Callable[[], Mapping[str, Any]] = dict) -> None:
+        self._tags = tags
         self._lock = threading.Lock()
         # Whether this thread runs a listener: what it does with the repo is told to nobody.
         self._inside = threading.local()
@@ -82,16 +89,20 @@ class Listeners:
         """Call those who listen to *name*, one after the other. What one of them raises is logged."""
         if not getattr(self, name) or getattr(self._inside, "now", False):
             return
-        event = Event(name, database, duration, **facts)
+        event = Event(name, database, duration, tags=self._tags(), **facts)
         self._inside.now = True
         try:
             for listener in getattr(self, name):
                 try:
                     listener(event)
                 except Exception:
-                    logger.exception("a listener to %r failed: %r", name, listener, extra=database.labels)
+                    logger.exception("a listener to %r failed: %r", name, listener, extra=self.labels(database))
         finally:
             self._inside.now = False
+
+    def labels(self, database: Database) -> dict[str, Any]:
+        """What a log record says of what happens here to a connection of *database*."""
+        return {**database.labels, "tags": self._tags()}
 
 
 def _checked(name: str) -> EventName:

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 
 
 class DatabaseFilter(logging.Filter):
-    """Adds ``database`` and ``server`` to each record, for a format such as ``%(database)s %(message)s``.
+    """Adds ``database``, ``server`` and ``tags`` to each record, for a format such as ``%(database)s %(message)s``.
 
         >>> handler = logging.StreamHandler()
         >>> handler.addFilter(DatabaseFilter(MyRepo))
 
-    They are those that *repo* would use where the record was made, ``-`` where it has none. The library's own records,
+    They are those that *repo* would use where the record was made, ``-`` where it has none, and what `call_options`
+    says there. The library's own records,
     under ``shardrepo.*``, name the database that they are about and are left as they are, those that are about none
     excepted. Drops no record.
     """
@@ -32,5 +33,5 @@ class DatabaseFilter(logging.Filter):
                 labels = self._repo.get_database().labels
             except ShardRepoError:
                 labels = {"database": "-", "server": "-"}
-            record.__dict__.update(labels)
+            record.__dict__.update(labels, tags=self._repo._router.context.tags)
         return True

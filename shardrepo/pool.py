@@ -20,9 +20,9 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from .breaker import Outage, Verdict
+from .calls import deadline
 from .callsite import CallSite
 from .config import Config
-from .context import deadline
 from .database import Database
 from .entries import EVICTIONS, NOTHING, Entry, Kind, State, Step, Wait
 from .errors import (
@@ -145,7 +145,9 @@ class CachedConnection(_ConnectionRecord):
             self.vouched = False
         except Exception:
             logger.debug(
-                "a connection could not be reset and is closed", exc_info=True, extra=self.pool.database.labels
+                "a connection could not be reset and is closed",
+                exc_info=True,
+                extra=self.pool.listeners.labels(self.pool.database),
             )
             if connection.broken:
                 perform(self.ledger, self.ledger.found_dead(self.entry))
@@ -257,7 +259,9 @@ class LedgerPool(Pool):
             record.dbapi_connection.settle()
         perform(self.ledger, self.ledger.opened(entry, record))
         self._attend()
-        logger.debug("connected to %s in %.4f s", self.database.home, seconds, extra=self.database.labels)
+        logger.debug(
+            "connected to %s in %.4f s", self.database.home, seconds, extra=self.listeners.labels(self.database)
+        )
         self.listeners.tell("connect", self.database, seconds)
         return record
 
@@ -300,7 +304,7 @@ class LedgerPool(Pool):
                 orig=error,
             ) from error
         except Exception:
-            logger.debug("a connection was found dead", exc_info=True, extra=self.database.labels)
+            logger.debug("a connection was found dead", exc_info=True, extra=self.listeners.labels(self.database))
             return False
         entry.suspect = False
         return True
@@ -452,12 +456,43 @@ def autocommit(connection: Connection) -> None:
         dbapi_connection.set_autocommit_mode(True)
 
 
+def set_autocommit(connection: Connection, mode: bool) -> None:
+    """Have each statement on a connection that a block holds be committed by itself, or none; as a transaction left
+    it, whose mode is over."""
+    dbapi_connection = record_of(connection).dbapi_connection
+    assert dbapi_connection is not None
+    if dbapi_connection.is_at_rest:
+        dbapi_connection.begin_as(None, read_only=False, deferrable=False)
+    dbapi_connection.set_autocommit_mode(mode)
+
+
+def is_at_rest(connection: Connection) -> bool:
+    """Whether *connection* is in no transaction, for the server."""
+    dbapi_connection = record_of(connection).dbapi_connection
+    return dbapi_connection is not None and dbapi_connection.is_at_rest
+
+
 def begin_as(connection: Connection, mode: Mode) -> None:
     """Have the next transaction on *connection* run in *mode*."""
     if mode.isolation or mode.read_only:
         dbapi_connection = record_of(connection).dbapi_connection
         assert dbapi_connection is not None
         dbapi_connection.begin_as(mode.isolation, read_only=mode.read_only, deferrable=mode.deferrable)
+
+
+@contextmanager
+def optioned(connection: Connection, options: Mapping[str, Any]) -> Iterator[None]:
+    """Give what the block executes on *connection* SQLAlchemy's execution *options*."""
+    if not options:
+        yield
+        return
+    before = connection.get_execution_options()
+    connection.execution_options(**options)
+    try:
+        yield
+    finally:
+        # They can be added to by public means, and not taken away; the connection may be a transaction's.
+        connection._execution_options = before
 
 
 @contextmanager
@@ -522,7 +557,7 @@ def tell_closed(closed: Sequence[CachedConnection]) -> None:
     """Tell the listeners what was closed, and why."""
     for record in closed:
         entry, database, listeners = record.entry, record.pool.database, record.pool.listeners
-        logger.debug("closed a connection to %s: %s", database.home, entry.reason, extra=database.labels)
+        logger.debug("closed a connection to %s: %s", database.home, entry.reason, extra=listeners.labels(database))
         now = monotonic()
         if entry.reason in EVICTIONS:
             listeners.tell("evict", database, now - entry.since, reason=entry.reason)

@@ -31,7 +31,7 @@ BATCH: Final = 500
 
 
 def get(session: HomeSession, mapper: Mapper[Any], parameters: Mapping[str, Any], options: Options) -> Any:
-    statement = _by_primary_key(mapper)
+    statement = session.prepared(_by_primary_key(mapper))
     return _results(session, statement.options(*options) if options else statement, parameters).one_or_none()
 
 
@@ -42,11 +42,11 @@ def get_plain(connection: Connection, home: str, mapper: Mapper[Any], parameters
 
 
 def get_by(session: HomeSession, model: type[Any], columns: Mapping[str, Any]) -> Any:
-    return _results(session, _filtered(model, columns).limit(2)).one_or_none()
+    return _results(session, _filtered(session, model, columns).limit(2)).one_or_none()
 
 
 def get_one_by(session: HomeSession, model: type[Any], columns: Mapping[str, Any]) -> Any:
-    return _results(session, _filtered(model, columns).limit(2)).one()
+    return _results(session, _filtered(session, model, columns).limit(2)).one()
 
 
 def load(home: str, model: Any, values: Any) -> Any:
@@ -70,22 +70,22 @@ def load(home: str, model: Any, values: Any) -> Any:
 
 
 def one(session: HomeSession, query: Any, options: Options) -> Any:
-    return _results(session, _limited(query).options(*options)).one()
+    return _results(session, _limited(session, query).options(*options)).one()
 
 
 def one_or_none(session: HomeSession, query: Any, options: Options) -> Any:
-    return _results(session, _limited(query).options(*options)).one_or_none()
+    return _results(session, _limited(session, query).options(*options)).one_or_none()
 
 
 def first(session: HomeSession, query: Any, options: Options) -> Any:
-    statement = _ordered(_selected(query))
+    statement = _ordered(selected(session, query))
     if statement._limit_clause is None:
         statement = statement.limit(1)
     return _results(session, statement.options(*options)).first()
 
 
 def last(session: HomeSession, query: Any, options: Options) -> Any:
-    statement = _ordered(_selected(query)).options(*options)
+    statement = _ordered(selected(session, query)).options(*options)
     if statement._limit_clause is None and statement._offset_clause is None:
         order = [_reversed(clause) for clause in statement._order_by_clauses]
         return _results(session, statement.order_by(None).order_by(*order).limit(1)).first()
@@ -94,23 +94,23 @@ def last(session: HomeSession, query: Any, options: Options) -> Any:
 
 
 def all_(session: HomeSession, query: Any, options: Options) -> list[Any]:
-    return list(_results(session, _selected(query).options(*options)).all())
+    return list(_results(session, selected(session, query).options(*options)).all())
 
 
 def all_by(session: HomeSession, model: type[Any], columns: Mapping[str, Any]) -> list[Any]:
-    return list(_results(session, _filtered(model, columns)).all())
+    return list(_results(session, _filtered(session, model, columns)).all())
 
 
 def streamable(query: Any, batch: int, options: Options) -> Select[Any]:
     """What to stream, *batch* rows at a time; raises before anything is sent."""
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch={batch!r} takes no rows: give the number to take from the server at a time")
-    return _selected(query).options(*options).execution_options(yield_per=batch)
+    return _select_of(query).options(*options).execution_options(yield_per=batch)
 
 
 def stream(session: HomeSession, statement: Select[Any]) -> Generator[Any]:
     """The results one after the other, each let go of, from a cursor that the server keeps."""
-    result: Any = session.execute(statement)
+    result: Any = session.execute(session.prepared(statement))
     try:
         for rows in (result.scalars() if _is_single(statement) else result).partitions():
             # One by one: to the result, a session that was emptied at once would be another one.
@@ -126,14 +126,14 @@ def stream(session: HomeSession, statement: Select[Any]) -> Generator[Any]:
 
 
 def count(session: HomeSession, query: Any) -> int:
-    rows = _ungrouped(query, "count").order_by(None).subquery()
+    rows = _ungrouped(session, query, "count").order_by(None).subquery()
     return int(session.execute(select(func.count()).select_from(rows)).scalar_one())
 
 
 def aggregate(session: HomeSession, query: Any, function: Aggregate, column: Any) -> Any:
     if function not in get_args(Aggregate):
         raise ValueError(unknown("aggregate", str(function), get_args(Aggregate)))
-    statement = _ungrouped(query, f"aggregate({function!r})")
+    statement = _ungrouped(session, query, f"aggregate({function!r})")
     if not isinstance(column, ColumnElement | QueryableAttribute):
         raise TypeError(f"aggregate() takes a column, such as User.age, not {column!r}")
     over = getattr(func, function)
@@ -152,7 +152,7 @@ def aggregate(session: HomeSession, query: Any, function: Aggregate, column: Any
 
 
 def exists(session: HomeSession, query: Any) -> bool:
-    return bool(session.execute(select(_selected(query).order_by(None).exists())).scalar_one())
+    return bool(session.execute(select(selected(session, query).order_by(None).exists())).scalar_one())
 
 
 def execute(session: HomeSession, statement: Executable | str, parameters: Any) -> Result[Any]:
@@ -234,7 +234,7 @@ def key_parameters(mapper: Mapper[Any], key: Any) -> dict[str, Any]:
     return {f"pk_{n}": value for n, value in enumerate(values)}
 
 
-def _filtered(model: Any, columns: Mapping[str, Any]) -> Select[Any]:
+def _filtered(session: HomeSession, model: Any, columns: Mapping[str, Any]) -> Select[Any]:
     mapper = mapper_of(model)
     if not columns:
         raise ValueError(f"{mapper.class_.__name__}: no column is named to look by")
@@ -246,10 +246,15 @@ def _filtered(model: Any, columns: Mapping[str, Any]) -> Select[Any]:
                 f"{name}=None matches no row in SQL, and any row where it means IS NULL: write "
                 f"one_or_none(select({mapper.class_.__name__}).where({mapper.class_.__name__}.{name}.is_(None)))"
             )
-    return select(mapper).filter_by(**columns)
+    return session.prepared(select(mapper).filter_by(**columns))
 
 
-def _selected(query: Any) -> Select[Any]:
+def selected(session: HomeSession, query: Any) -> Select[Any]:
+    """The `select` that *query* is, or a mapped class stands for, as it is to be run."""
+    return session.prepared(_select_of(query))
+
+
+def _select_of(query: Any) -> Select[Any]:
     if isinstance(query, Select):
         return query
     if isinstance(query, Executable):
@@ -257,8 +262,8 @@ def _selected(query: Any) -> Select[Any]:
     return select(mapper_of(query))
 
 
-def _ungrouped(query: Any, verb: str) -> Select[Any]:
-    statement = _selected(query)
+def _ungrouped(session: HomeSession, query: Any, verb: str) -> Select[Any]:
+    statement = selected(session, query)
     if statement._group_by_clauses:
         raise ValueError(f"{verb} of a grouped query has one meaning for each group: write it in the query, use all()")
     return statement
@@ -293,9 +298,9 @@ def _reversed(clause: Any) -> Any:
     return clause.desc()
 
 
-def _limited(query: Any) -> Select[Any]:
+def _limited(session: HomeSession, query: Any) -> Select[Any]:
     """Two rows are enough to know that there is more than one."""
-    statement = _selected(query)
+    statement = selected(session, query)
     return statement.limit(2) if statement._limit_clause is None else statement
 
 

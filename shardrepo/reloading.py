@@ -112,7 +112,7 @@ def reload(session: HomeSession, objects: Sequence[object], options: Options) ->
         groups[state.mapper].append(state)
     found: dict[object, object] = {}
     for mapper, members in groups.items():
-        for statement in _chunks(select(mapper).options(*options), mapper.primary_key, members):
+        for statement in _chunks(session.prepared(select(mapper).options(*options)), mapper.primary_key, members):
             for obj in unique(session.execute(statement)).scalars():
                 found[mapper, _identity(state_of(obj))] = obj
     return [found.get((state.mapper, _identity(state))) for state in states]
@@ -155,7 +155,7 @@ def _loaded(
         .order_by(*(relationship.order_by or ()))
     )
     targets: defaultdict[tuple[Any, ...], list[Any]] = defaultdict(list)
-    for chunk in _chunks(statement, keys, states):
+    for chunk in _chunks(session.prepared(statement), keys, states):
         for *key, target in unique(session.execute(chunk)):
             targets[tuple(key)].append(target)
     for state in states:

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, NoReturn, ParamSpec, TypeVar, Unpack, overload
+from inspect import getattr_static
+from typing import Any, ClassVar, Literal, NoReturn, ParamSpec, TypeVar, Unpack, overload
 
-from sqlalchemy import Executable, Select
-from sqlalchemy.engine import Engine, Result, Row
+from sqlalchemy import Executable, Select, Table
+from sqlalchemy.engine import Connection, Engine, Result, Row
 
-from . import reading, writing
-from .config import ConfigSource, checked_seconds
+from . import reading
+from .bulk import Changes
+from .calls import CallOptions, checked_seconds
+from .calls import Options as CallOptionsGiven
+from .config import ConfigSource
+from .conflicts import Conflict, OnConflict
+from .conflicts import Target as ConflictTarget
+from .conflicts import Where as ConflictWhere
 from .database import Choice, Chosen, Database, Options, choose
+from .databases import Databases
+from .destination import Destination
 from .errors import ConfigError
+from .inserting import Insertion, Via
+from .plans import PlanFormat
 from .reading import Options as LoaderOptions
-from .router import Router
+from .returning import BulkResult, Returning
+from .router import Hooks, Router
 from .session import RoutedSession, home_of, rehome
 from .stats import Stats
 from .transaction import Isolation, Mode
-from .writing import BulkResult
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,7 +64,12 @@ class Repo:
     def __init_subclass__(cls, config: ConfigSource | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if config is not None:
-            cls._router = Router(cls.__qualname__, config)
+            databases = Databases(cls.__qualname__, config, cls.configure_engine)
+        elif isinstance(inherited := getattr_static(cls, "_router"), Router):
+            databases = inherited.databases
+        else:
+            return
+        cls._router = Router(databases, Hooks(_own(cls, "prepare_query"), _own(cls, "default_options")))
 
     def __new__(cls) -> Repo:
         raise TypeError(f"{cls.__name__} is used as it is, not instantiated: call {cls.__name__}.get(...)")
@@ -86,7 +102,7 @@ class Repo:
             ConfigError: The arguments name no database. The choice stays as it was.
             WrongDatabaseError: A transaction is open on another database.
         """
-        return cls._router.set_database(_chosen(choice, options))
+        return cls._router.databases.set_database(_chosen(choice, options))
 
     @classmethod
     def get_database(cls) -> Database:
@@ -95,7 +111,7 @@ class Repo:
         Raises:
             NoDatabaseError: Nothing is chosen, and there is no default to use.
         """
-        return cls._router.current
+        return cls._router.databases.current
 
     @classmethod
     def using(cls, choice: Chosen = ..., /, **options: Unpack[Options]) -> AbstractContextManager[None]:  # type: ignore[assignment]  # ... is "not given"
@@ -316,7 +332,7 @@ class Repo:
         Raises:
             ValueError: A part of the primary key is missing.
         """
-        made: T = reading.load(cls._router.current.home, model, values)
+        made: T = reading.load(cls._router.databases.current.home, model, values)
         return made
 
     @overload
@@ -364,29 +380,109 @@ class Repo:
 
     # Writing
 
+    @overload
     @classmethod
-    def insert(cls, obj: T) -> T:
+    def insert(cls, obj: T, *, on_conflict: Literal["raise"] = "raise") -> T: ...
+    @overload
+    @classmethod
+    def insert(
+        cls,
+        obj: T,
+        *,
+        on_conflict: OnConflict,
+        conflict_target: ConflictTarget | None = None,
+        where: ConflictWhere | None = None,
+    ) -> T | None: ...
+    @classmethod
+    def insert(
+        cls,
+        obj: T,
+        *,
+        on_conflict: OnConflict = "raise",
+        conflict_target: ConflictTarget | None = None,
+        where: ConflictWhere | None = None,
+    ) -> T | None:
         """Insert a new object, with what its relationships hold that is new; returns it, with its home set.
 
         One autocommitted statement where that is provably enough, else one transaction. Columns that the
         server computes come back with it. Stored objects that it refers to are written by key and stay
         as they are. If it fails, every object is as it was.
 
+            >>> MyRepo.insert(                                                      # doctest: +SKIP
+            ...     User(email="ada@x", visits=1),
+            ...     on_conflict=lambda excluded: {"visits": User.visits + excluded.visits},
+            ...     conflict_target=User.email,
+            ... )
+
+        With *on_conflict* it is one row in one statement, for an object that refers to nothing that is new, without
+        SQLAlchemy's mapper events. The object becomes the row as it is stored afterwards, its key included; None is
+        returned, and the object left as it was, when nothing was written.
+
+        Args:
+            obj: An object that was never stored.
+            on_conflict: What to do when a row is in its way: "raise" `ConstraintError`; "nothing"; "replace" all its
+                columns, but for the key and the target, by those that would have been inserted; a list of the columns
+                to replace; a mapping of columns to values or SQL; or a callable that makes one of what would have been
+                inserted. A version is counted.
+            conflict_target: What a conflict is: columns, the name of a constraint, or a constraint or `Index`, a
+                partial one too. It can be left out for "nothing", which then means any.
+            where: Write over rows that meet this only: a criterion, or a callable as *on_conflict*.
+
         Raises:
-            ValueError: The object is stored already.
+            ConstraintError: The row is in conflict with a constraint.
+            ValueError: The object is stored already, or the options contradict each other or name no column.
             WrongDatabaseError: It, or an object that it refers to, belongs to another database.
         """
-        cls._router.write(writing.insert, obj)
+        conflict = Conflict.of(Destination.of(type(obj)), on_conflict, conflict_target, where)
+        if conflict is not None:
+            return cls._router.upsert(obj, conflict)
+        cls._router.insert(obj)
         return obj
 
     @classmethod
-    def insert_all(cls, model: type[Any], rows: Iterable[Mapping[str, Any]]) -> BulkResult:
-        """Insert rows, given as mappings by column attribute, in one transaction; no rows, no statement.
+    def insert_all(
+        cls,
+        model: type[Any] | Table,
+        rows: Iterable[Mapping[str, Any]] | Select[*tuple[Any, ...]],
+        *,
+        on_conflict: OnConflict = "raise",
+        conflict_target: ConflictTarget | None = None,
+        where: ConflictWhere | None = None,
+        returning: Returning = False,
+        via: Via = "insert",
+    ) -> BulkResult:
+        """Insert rows, 10,000 of them with a statement: all or none; no rows, no statement.
+
+            >>> MyRepo.insert_all(User, ({"name": name} for name in names), returning=User.id) # doctest: +SKIP
+
+        Args:
+            model: A mapped class, or a `Table`.
+            rows: Mappings by column attribute, of which each may name other columns, the rest getting their defaults;
+                they are taken as they are sent. Or a `select` of columns so named, which runs in the same database.
+            on_conflict: What to do about a row that is there already, as for `insert`.
+            conflict_target: As for `insert`.
+            where: As for `insert`.
+            returning: True for objects, or columns: their values, rows of several. In the order of *rows*, unless
+                there is an *on_conflict*, for which those that were not written are missing.
+            via: "copy" to use COPY, the fastest; it knows neither conflicts nor returning.
 
         Raises:
-            ValueError: A row has a key that is no column.
+            ConstraintError: A row is in conflict with a constraint.
+            TypeError: A row is no mapping.
+            ValueError: A row has a key that is no column, or the options contradict each other.
         """
-        return cls._router.write_rows(writing.insert_all, model, rows)
+        destination = Destination.of(model)
+        conflict = Conflict.of(destination, on_conflict, conflict_target, where)
+        return cls._router.insert_all(Insertion(destination, rows, conflict, returning, via))
+
+    @classmethod
+    def insert_or_update(cls, obj: T) -> T:
+        """`insert` an object that was never stored, write what was changed of one that was; returns it.
+
+        By what the object is, not by what is stored: see *on_conflict* of `insert` for that.
+        """
+        cls._router.insert_or_update(obj)
+        return obj
 
     @classmethod
     def update(cls, obj: T, changes: Mapping[str, Any] | None = None, /, **columns: Any) -> T:
@@ -413,8 +509,47 @@ class Repo:
             StaleError: The row is gone, or has another version.
             WrongDatabaseError: The object belongs to another database.
         """
-        cls._router.write(writing.delete, obj)
+        cls._router.delete(obj)
         return obj
+
+    @classmethod
+    def update_all(
+        cls,
+        query: type[Any] | Select[*tuple[Any, ...]],
+        changes: Mapping[Any, Any] | None = None,
+        /,
+        *,
+        inc: Mapping[Any, Any] | None = None,
+        push: Mapping[Any, Any] | None = None,
+        pull: Mapping[Any, Any] | None = None,
+        returning: Returning = False,
+    ) -> BulkResult:
+        """Update every row of a mapped class, or those that a `select` of one selects, with one statement.
+
+            >>> MyRepo.update_all(select(User).where(User.age < 18), {"role": "minor"}, inc={"n": 1})   # doctest: +SKIP
+
+        Objects that were loaded before stay as they are; versions are not counted.
+
+        Args:
+            query: Which rows; also with joins, an order and a limit.
+            changes: Values, or SQL, by column.
+            inc: What to add to columns.
+            push: What to append to array columns.
+            pull: What to remove from array columns, wherever it is in them.
+            returning: True for objects, or columns: their values, rows of several.
+
+        Raises:
+            ValueError: No column is named, one is unknown or named twice, or is no array.
+        """
+        return cls._router.update_all(query, Changes(changes or {}, inc or {}, push or {}, pull or {}), returning)
+
+    @classmethod
+    def delete_all(cls, query: type[Any] | Select[*tuple[Any, ...]], *, returning: Returning = False) -> BulkResult:
+        """Delete every row of a mapped class, or those that a `select` of one selects, with one statement.
+
+        What the mapping cascades to is left to the server's foreign keys. *returning* is as for `update_all`.
+        """
+        return cls._router.delete_all(query, returning)
 
     @classmethod
     def execute(cls, statement: Executable | str, parameters: Any = None) -> Result[Any]:
@@ -427,22 +562,65 @@ class Repo:
         return cls._router.run(reading.execute, statement, parameters)
 
     @classmethod
-    def call_options(cls, *, timeout: float) -> AbstractContextManager[None]:
-        """Give each call in the block *timeout* seconds in all: to get a connection, and for its statements.
+    def explain(
+        cls,
+        query: type[Any] | Executable | str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        format: PlanFormat = "text",
+        **switches: bool,
+    ) -> Any:
+        """How the server would run a statement; with ``analyze=True`` it is run, and undone.
 
-            >>> with MyRepo.call_options(timeout=2.0):                              # doctest: +SKIP
-            ...     MyRepo.all(Report)
+            >>> print(MyRepo.explain(select(User).where(User.age > 30), analyze=True, buffers=True)) # doctest: +SKIP
 
-        One that takes longer is given up within a quarter of a second: the server is asked to stop, the connection
-        is closed, and `sqlalchemy.exc.OperationalError` is raised, `CheckoutTimeoutError` or `ServerUnavailableError`
-        if there was no connection yet. Entering a `transaction` or a `savepoint`, and leaving it, are calls of their
-        own; what is done with a `session` or an `engine` keeps its own time. Whether a COMMIT that was given up took
-        place, nobody knows. Blocks nest; the innermost counts. Tasks inherit it, threads do not.
+        Args:
+            query: A `select`, a mapped class, any other statement, or SQL as a string.
+            parameters: Of the statement.
+            format: "text", "yaml" and "xml" give a string, "json" what the server's JSON says.
+            **switches: Of PostgreSQL's EXPLAIN: analyze, verbose, costs, settings, generic_plan, buffers, wal, timing
+                and summary.
 
         Raises:
-            ConfigError: The timeout is no number of seconds above 0.
+            ValueError: The format or a switch is unknown.
         """
-        return cls._router.context.limited(checked_seconds("timeout")(timeout))
+        return cls._router.explain(query, parameters, format, switches)
+
+    @classmethod
+    def to_sql(cls, query: type[Any] | Executable | str, *, literal_binds: bool = False) -> tuple[str, dict[str, Any]]:
+        """The SQL of a query and its parameters, as the driver is given them. Sends nothing.
+
+        With *literal_binds* the values stand in the SQL: to be read, not to be run.
+        """
+        return cls._router.to_sql(query, literal_binds=literal_binds)
+
+    @classmethod
+    def call_options(cls, **options: Unpack[CallOptionsGiven]) -> AbstractContextManager[None]:
+        """Say for each call in the block how long it may take, how it is run, what its errors are, and its tags.
+
+            >>> with MyRepo.call_options(timeout=2.0, tags={"request": 7}):         # doctest: +SKIP
+            ...     MyRepo.all(Report)
+
+        A call that takes longer than its timeout is given up within a quarter of a second: the server is asked to
+        stop, the connection is closed, and `sqlalchemy.exc.OperationalError` is raised, `CheckoutTimeoutError` or
+        `ServerUnavailableError` if there was no connection yet. Entering a `transaction`, a `savepoint` or a
+        `connection`, and leaving it, are calls of their own; what is done with a `session`, an `engine` or by hand on
+        a `connection` keeps its own time. Whether a COMMIT that was given up took place, nobody knows.
+
+        Blocks nest; of each option the innermost counts, mappings are merged. Tasks inherit them, threads do not.
+
+        Args:
+            **options: *timeout*, seconds for each call in all: to get a connection, and for its statements.
+                *execution_options*, SQLAlchemy's, for every statement. *constraint_errors*, what to raise in place of
+                a `ConstraintError` by the name of the constraint: an exception class or a callable, which is called
+                with it. *tags*, a mapping that every `Event` and log record carries.
+
+        Raises:
+            ConfigError: There is no such option, none is given, or a value is impossible.
+        """
+        if not options:
+            raise ConfigError("no option given: give some of timeout, execution_options, constraint_errors and tags")
+        return cls._router.context.calling(CallOptions.of(options))
 
     # Transactions
 
@@ -525,6 +703,25 @@ class Repo:
         """Run a block outside every open transaction: what it does is an independent unit of work."""
         return cls._router.context.detached()
 
+    @classmethod
+    def connection(cls) -> AbstractContextManager[Connection]:
+        """Hold one connection to the current database for a block, and run its verbs and transactions on it.
+
+            >>> with MyRepo.connection() as connection:                             # doctest: +SKIP
+            ...     connection.execute(text("SET search_path TO archive"))
+            ...     MyRepo.all(Report)
+
+        Each statement is committed by itself, also those of SQLAlchemy's *connection*, whose own ``begin()`` begins
+        nothing: use `transaction` for what belongs together. What SQL sets in the session lasts until the end of the
+        block. Blocks nest, on the same connection; in an open transaction it is that one's. It belongs to the thread
+        or task that opened it. A `stream` outside a transaction has a connection of its own.
+
+        Raises:
+            TransactionDoomedError: At a later verb or the end: the connection was lost, or a BEGIN that was sent by
+                hand is still open. It is closed, and what was not committed is rolled back.
+        """
+        return cls._router.connection()
+
     # SQLAlchemy's own
 
     @classmethod
@@ -561,7 +758,36 @@ class Repo:
         Raises:
             ValueError: A column is not loaded.
         """
-        return rehome(obj, cls._router.named(choice, options).home)
+        return rehome(obj, cls._router.databases.named(choice, options).home)
+
+    # Hooks, for a subclass to override
+
+    @classmethod
+    def prepare_query(cls, operation: str, query: Select[Any]) -> Select[Any]:  # noqa: ARG003  # for who overrides it
+        """Rewrite the query of a verb before it is run, and those by which it loads relationships.
+
+            >>> class MyRepo(Repo, config={...}):                                   # doctest: +SKIP
+            ...     @classmethod
+            ...     def prepare_query(cls, operation, query):
+            ...         return query.options(with_loader_criteria(Document, Document.deleted_at.is_(None)))
+
+        Called with the name of the verb: for those that read, for `update_all` and `delete_all` with the query that
+        says which rows, for `insert_all` with one that gives the rows. Not for text, nor in a `session`.
+        """
+        return query
+
+    @classmethod
+    def default_options(cls, operation: str) -> CallOptionsGiven:  # noqa: ARG003
+        """The `call_options` of a verb, by its name, where none are given. Called at every call."""
+        return {}
+
+    @classmethod
+    def configure_engine(cls, engine: Engine, database: Database) -> None:
+        """Prepare a new engine: add listeners to it, say. Does no I/O.
+
+        Called by the class that has the config, for every database that is used, and again when an engine that was
+        not used for long is made anew.
+        """
 
     # The connections
 
@@ -584,7 +810,7 @@ class Repo:
 
         Those in use are closed when they are returned.
         """
-        cls._router.cache.disconnect(cls._router.named(choice, options))
+        cls._router.cache.disconnect(cls._router.databases.named(choice, options))
 
     @classmethod
     def disconnect_all(cls) -> None:
@@ -598,6 +824,11 @@ class Repo:
         Connections in use are closed when they are returned.
         """
         cls._router.cache.dispose()
+
+
+def _own(repo: type[Repo], hook: str) -> Any:
+    """A hook of *repo*, if it or a class between has overridden it."""
+    return None if getattr_static(repo, hook) is Repo.__dict__[hook] else getattr(repo, hook)
 
 
 def _mode(isolation: Any, read_only: bool, deferrable: bool, timeout: float | None) -> Mode:

@@ -1,37 +1,37 @@
-"""From a choice to a session on the right connection: the one seam that every verb goes through.
+"""From a verb to a session on the right connection.
 
-`Router.resolve` turns a choice into a `Database`, and nothing else does. A verb then runs in a short
-session of its own, on the open transaction's connection if the caller has one on that database, else on
-one from the cache.
+A verb runs in a short session of its own, on what the caller holds to the current database, the connection of a
+transaction or of a `connection()` block, else on a connection from the cache.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import threading
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from functools import lru_cache, partial
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from time import monotonic, perf_counter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar
 
 from sqlalchemy import text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import NoResultFound, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm.exc import StaleDataError
-from sqlalchemy.util import memoized_property  # functools' own locks before Python 3.12, which no fork survives
+from sqlalchemy.util import memoized_property
 
-from . import reading, reloading, writing
-from .config import Config, ConfigSource
-from .context import Context, deadline
-from .database import Choice, Chosen, Database, choose
-from .errors import NoDatabaseError, NotInTransactionError, StaleError, WrongDatabaseError
-from .listeners import Listeners
-from .pool import autocommit, begin_as, disown, is_aborted, limited, vouch
-from .session import HomeSession, RoutedSession, Snapshot, common_home, mapper_of
-from .transaction import Ending, Mode, Transaction
+from . import bulk, inserting, plans, reading, reloading, writing
+from .calls import CallOptions, deadline
+from .conflicts import Conflict
+from .database import Database
+from .databases import Databases
+from .errors import ConstraintError, NotInTransactionError, ReadOnlyError, StaleError
+from .pinned import Pinned
+from .pool import autocommit, begin_as, disown, is_aborted, limited, optioned, vouch
+from .returning import BulkResult, Returning
+from .session import HomeSession, PreparedSession, RoutedSession, Snapshot, common_home, mapper_of, state_of
+from .transaction import Ending, Held, Mode, Transaction
 
 if TYPE_CHECKING:
     from .engines import ConnectionCache
@@ -39,111 +39,47 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Choices whose database is remembered; making one again takes a few microseconds.
-MAX_RESOLVED: Final = 1024
+NO_OPTIONS: Final = CallOptions()
+
+_EMPTY: Final[Mapping[str, Any]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What a repo class has to say about its verbs; None where it says nothing.
+
+    Attributes:
+        prepare_query: Rewrites the query of a verb.
+        default_options: What a verb's call options are where nobody gives others.
+    """
+
+    prepare_query: Callable[[str, Any], Any] | None = None
+    default_options: Callable[[str], Mapping[str, Any]] | None = None
 
 
 class Router:
-    """What stands behind a repo class: its config, its context and its cache of connections.
+    """What runs the verbs of a repo class.
 
     Args:
-        name: How the repo is called in messages.
-        source: The config; a callable is called when a database is first needed.
+        databases: The databases of its config, which it may share with other classes.
+        hooks: What is this class's own.
     """
 
-    def __init__(self, name: str, source: ConfigSource) -> None:
-        self.context = Context(name)
-        self.listeners = Listeners()
-        self._source = source
-        # Guards the making of config and cache, which happens once, and what follows.
-        self._lock = threading.RLock()
-        # Every database that a choice has meant so far, by home and key: one home may have several users.
-        self._met: dict[str, dict[str, Database]] = {}
-        _routers.add(self)
-        if not callable(source):
-            self.config  # noqa: B018  # a wrong config fails where it is written
-
-    @memoized_property
-    def config(self) -> Config:
-        with self._lock:
-            made: Config | None = self.__dict__.get("config")
-            return made or Config.of(self._source)
+    def __init__(self, databases: Databases, hooks: Hooks) -> None:
+        self.databases = databases
+        self.context = databases.context
+        self.listeners = databases.listeners
+        self._prepare_query = hooks.prepare_query
+        self._default_options = hooks.default_options
 
     @memoized_property
     def cache(self) -> ConnectionCache:
-        from .engines import ConnectionCache  # here, so that `import shardrepo` loads no driver
-
-        with self._lock:
-            made: ConnectionCache | None = self.__dict__.get("cache")
-            if made is None:
-                made = self.__dict__["cache"] = ConnectionCache(self.config, self.listeners)
-            return made
-
-    @memoized_property
-    def resolve(self) -> Callable[[Choice | None], Database]:
-        """Turn a choice into the database it means, the same one every time."""
-        return lru_cache(maxsize=MAX_RESOLVED)(self._locate)
-
-    def _locate(self, choice: Choice | None) -> Database:
-        database = self.config.locate(choice)
-        with self._lock:
-            if len(self._met) >= MAX_RESOLVED:
-                self._met.clear()
-            self._met.setdefault(database.home, {})[database.key] = database
-        return database
-
-    # Choosing
+        return self.databases.cache
 
     @property
     def current(self) -> Database:
         """The database that a verb would use now."""
-        return self.resolve(self.context.choice)
-
-    def named(self, given: Chosen, options: Mapping[str, Any]) -> Database:
-        """The database that *given* or *options* mean, the current one if there are neither."""
-        return self.current if given is None and not options else self.resolve(choose(given, options))
-
-    def at(self, home: str) -> Database:
-        """The database that *home* means: the current one, else the one that was chosen there before.
-
-        No credentials travel to a server for which they were not chosen, and no user stands in for another.
-        """
-        with suppress(NoDatabaseError):
-            if self.current.home == home:
-                return self.current
-        with self._lock:
-            met = list(self._met.get(home, {}).values())
-        if len(met) == 1:
-            return met[0]
-        raise WrongDatabaseError(
-            f"{home} is not the current database, and {'several users have' if met else 'nobody has'} chosen it "
-            "before: choose it with using(...)",
-            expected=home,
-            found=None,
-        )
-
-    def set_database(self, choice: Choice | None) -> Choice | None:
-        """Choose, unless the caller has a transaction open on the current database."""
-        if self.context.has_transactions:
-            self._check_switch(choice)
-        return self.context.choose(choice)
-
-    def _check_switch(self, choice: Choice | None) -> None:
-        try:
-            current = self.current
-        except NoDatabaseError:
-            return
-        transaction = self.context.transaction(current)
-        if transaction is None or not transaction.owner.is_current:
-            return
-        wanted = self.resolve(choice)
-        if wanted.key != current.key:
-            raise WrongDatabaseError(
-                f"cannot switch to {wanted.home}: a transaction is open on {current.home}. Leave its block first, "
-                "or use `with repo.using(...)` for an independent unit of work",
-                expected=current.home,
-                found=wanted.home,
-            )
+        return self.databases.current
 
     # Units of work
 
@@ -151,11 +87,11 @@ class Router:
         """Load one object by its key: without a session, where that provably makes no difference."""
         mapper = mapper_of(model)
         parameters = reading.key_parameters(mapper, key)
-        if options or not reading.is_plain(mapper):
+        if options or self._prepare_query is not None or not reading.is_plain(mapper):
             found: T | None = self.read(reading.get, mapper, parameters, options)
             return found
-        database = self.current
-        with self._connection(database) as connection:
+        database = self.databases.current
+        with self._connection("get", database) as connection:
             autocommit(connection)
             plain: T | None = reading.get_plain(connection, database.home, mapper, parameters)
             return plain
@@ -169,31 +105,34 @@ class Router:
 
     def read(self, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a verb that only reads: each of its statements by itself, or in the open transaction."""
-        return self._read(self.current, verb, *args, **kwargs)
+        return self._read(self.databases.current, verb, *args, **kwargs)
 
     def _read(
         self, database: Database, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        with self._connection(database) as connection:
+        with self._connection(verb.__name__, database) as connection:
             autocommit(connection)
-            with _session(database, connection) as session:
+            with self._session(verb.__name__, database, connection) as session:
                 return verb(session, *args, **kwargs)
 
     def reload(self, objects: Sequence[object], options: reading.Options) -> list[Any]:
         """Load each of *objects* anew, from its home."""
-        return self._read(self.at(common_home(objects)), reloading.reload, objects, options) if objects else []
+        return self._read(self._home(objects), reloading.reload, objects, options) if objects else []
 
     def preload(self, objects: Sequence[object], wanted: Iterable[object], *, force: bool) -> None:
         """Load relationships of *objects*, from their home."""
         tree = reloading.tree_of(wanted)
         reloading.check_owners(objects, tree)
         if objects:
-            self._read(self.at(common_home(objects)), reloading.preload, objects, tree, force=force)
+            self._read(self._home(objects), reloading.preload, objects, tree, force=force)
+
+    def _home(self, objects: Iterable[object]) -> Database:
+        return self.databases.at(common_home(objects))
 
     @contextmanager
     def stream(self, query: Any, batch: int, options: reading.Options) -> Iterator[Iterator[Any]]:
         """Results as they are wanted: in the open transaction, or in one of their own that only reads."""
-        database = self.current
+        database = self.databases.current
         statement = reading.streamable(query, batch, options)
         transaction = self.context.transaction(database)
         with ExitStack() as stack:
@@ -202,35 +141,63 @@ class Router:
                     transaction.check_usable()
                     connection = transaction.connection
                 else:
-                    connection = stack.enter_context(self._own_connection(database, Mode(read_only=True)))
-            session = stack.enter_context(_session(database, connection))
+                    connection = stack.enter_context(self._own_connection("stream", database, Mode(read_only=True)))
+            with self._with_defaults("stream"):
+                session = stack.enter_context(self._session("stream", database, connection))
             rows = _watched(reading.stream(session, statement), database, transaction)
             yield stack.enter_context(closing(rows))
 
     def run(self, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a verb with SQL of the user's own, each statement by itself, or in the open transaction."""
-        database = self.current
-        with self._connection(database) as connection:
+        database = self.databases.current
+        with self._connection(verb.__name__, database) as connection:
             autocommit(connection)
             disown(connection)
-            with _session(database, connection) as session:
+            with self._session(verb.__name__, database, connection) as session:
                 return verb(session, *args, **kwargs)
 
-    def write(self, verb: Callable[[HomeSession, Any], None], obj: Any) -> None:
-        """Run a verb that writes *obj*; if it fails, *obj* and what it refers to are as they were."""
-        self._write(verb, obj, {})
+    def insert(self, obj: Any) -> None:
+        """Insert *obj*; if that fails, it and what it refers to are as they were."""
+        self._write("insert", writing.insert, obj)
+
+    def upsert(self, obj: T, conflict: Conflict) -> T | None:
+        """Insert *obj*, or do what *conflict* says; None where that is nothing, and *obj* is as it was."""
+        written: list[bool] = []
+        self._write("insert", lambda session, obj: written.append(writing.upsert(session, obj, conflict)), obj)
+        return obj if written[0] else None
 
     def update(self, obj: Any, changes: Mapping[str, Any]) -> None:
         """Set attributes and write them; if that fails, everything is as it was."""
         writing.check_changes(obj, changes)
-        self._write(lambda session, obj: writing.update(session, obj, changes), obj, changes)
+        self._write("update", lambda session, obj: writing.update(session, obj, changes), obj, changes)
 
-    def _write(self, verb: Callable[[HomeSession, Any], None], obj: Any, changes: Mapping[str, Any]) -> None:
-        database = self.current
+    def insert_or_update(self, obj: Any) -> None:
+        """Insert *obj* if it was never stored, else update it."""
+        if state_of(obj).key is None:
+            self.insert(obj)
+        else:
+            self.update(obj, {})
+
+    def delete(self, obj: Any) -> None:
+        """Delete *obj*; if that fails, everything is as it was."""
+        self._write("delete", writing.delete, obj)
+
+    def _write(
+        self,
+        operation: str,
+        verb: Callable[[HomeSession, Any], None],
+        obj: Any,
+        changes: Mapping[str, Any] = _EMPTY,
+    ) -> None:
+        self.check_writable(operation)
+        database = self.databases.current
         deleting = verb is writing.delete
         snapshot = Snapshot(writing.touched(obj, changes, deleting=deleting))
         try:
-            with self._connection(database) as connection, _session(database, connection) as session:
+            with (
+                self._connection(operation, database) as connection,
+                self._session(operation, database, connection) as session,
+            ):
                 if writing.is_single_statement(session, obj, deleting=deleting):
                     autocommit(connection)
                 verb(session, obj)
@@ -245,25 +212,86 @@ class Router:
                 ) from error
             raise
 
-    def write_rows(self, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a verb that writes rows without objects, in one transaction."""
-        database = self.current
-        with self._connection(database) as connection, _session(database, connection) as session:
-            result = verb(session, *args, **kwargs)
+    def insert_all(self, insertion: inserting.Insertion) -> BulkResult:
+        """Insert rows; without any, nothing is sent."""
+        self.check_writable("insert_all")
+        if insertion.is_empty:
+            return insertion.nothing()
+        try:
+            return self._write_rows("insert_all", insertion.run, at_once=insertion.is_one_statement)
+        except inserting.SeveralStatementsError:
+            return self._write_rows("insert_all", insertion.run, at_once=False)
+
+    def update_all(self, query: Any, changes: bulk.Changes, returning: Returning) -> BulkResult:
+        """Update every row that *query* selects."""
+        self.check_writable("update_all")
+        verb = partial(bulk.update_all, query=query, changes=changes, returning=returning)
+        return self._write_rows("update_all", verb, at_once=True)
+
+    def delete_all(self, query: Any, returning: Returning) -> BulkResult:
+        """Delete every row that *query* selects."""
+        self.check_writable("delete_all")
+        return self._write_rows("delete_all", partial(bulk.delete_all, query=query, returning=returning), at_once=True)
+
+    def _write_rows(self, operation: str, verb: Callable[[HomeSession], T], *, at_once: bool) -> T:
+        """Run a verb that writes rows without objects: in one transaction, or *at_once* with one statement."""
+        database = self.databases.current
+        with (
+            self._connection(operation, database) as connection,
+            self._session(operation, database, connection) as session,
+        ):
+            if at_once and not session.dispatch.do_orm_execute:
+                autocommit(connection)
+            result = verb(session)
             session.commit()
             return result
 
+    def explain(
+        self, query: Any, parameters: Any, format: plans.PlanFormat, switches: Mapping[str, bool | None]
+    ) -> Any:
+        """The plan of a statement, which is undone if it was run for that."""
+        database = self.databases.current
+        with self._connection("explain", database) as connection:
+            disown(connection)
+            handle = connection.begin_nested() if connection.in_transaction() else connection.begin()
+            try:
+                with self._session("explain", database, connection) as session:
+                    return plans.explain(session, query, parameters, format, switches)
+            finally:
+                if handle.is_active:
+                    handle.rollback()
+
+    def to_sql(self, query: Any, *, literal_binds: bool) -> tuple[str, dict[str, Any]]:
+        """A query as SQL and its parameters. Sends nothing."""
+        database = self.databases.current
+        engine = self.cache.engine(database)
+        with self._session("to_sql", database, engine) as session:
+            return plans.to_sql(session, query, engine.dialect, literal_binds=literal_binds)
+
+    def check_writable(self, operation: str) -> None:
+        """Raise `ReadOnlyError` if this repo only reads."""
+        if self.databases.config.read_only:
+            raise ReadOnlyError(f"{operation}() writes, and this repo's config says read_only=True: use another repo")
+
+    def _session(self, operation: str, database: Database, connection: Connection | Engine) -> HomeSession:
+        options = self.context.options
+        settings = {"execution_options": options.execution_options} if options is not None else {}
+        if self._prepare_query is None:
+            return HomeSession(database.home, connection, **_OF_A_VERB, **settings)
+        prepare = partial(self._prepare_query, operation)
+        return PreparedSession(prepare, database.home, connection, **_OF_A_VERB, **settings)
+
     @contextmanager
-    def _connection(self, database: Database) -> Iterator[Connection]:
-        """The connection of the caller's transaction on *database*, else one of the cache's."""
-        transaction = self.context.transaction(database)
+    def _connection(self, operation: str, database: Database) -> Iterator[Connection]:
+        """The connection that the caller holds to *database*, else one of the cache's."""
+        held = self.context.held(database)
         try:
-            if self.context.timeout is not None or (transaction is not None and transaction.until is not None):
-                with self._limited_connection(database, transaction) as connection:
+            if self.context.options or self._default_options or (held is not None and held.until is not None):
+                with self._called(operation, held) as until, self._held_or_taken(database, held, until) as connection:
                     yield connection
-            elif transaction is not None:
-                with transaction.watch():
-                    yield transaction.connection
+            elif held is not None:
+                with held.watch():
+                    yield held.connection
             else:
                 with self.cache.engine(database).connect() as connection:
                     vouch(connection)
@@ -273,41 +301,60 @@ class Router:
             raise
 
     @contextmanager
-    def _limited_connection(self, database: Database, transaction: Transaction | None) -> Iterator[Connection]:
-        """The same for a call that has so many seconds in all: to get a connection, and for its statements."""
-        with self._timed(transaction) as until:
-            if transaction is not None:
-                with transaction.watch(), limited(transaction.connection, until):
-                    yield transaction.connection
-            else:
-                with self.cache.engine(database).connect() as connection, limited(connection, until):
-                    vouch(connection)
-                    yield connection
+    def _held_or_taken(self, database: Database, held: Held | None, until: float | None) -> Iterator[Connection]:
+        if held is None:
+            with self.cache.engine(database).connect() as connection, self._ruled(connection, until):
+                vouch(connection)
+                yield connection
+        else:
+            with held.watch(), self._ruled(held.connection, until):
+                yield held.connection
 
     @contextmanager
-    def _timed(self, transaction: Transaction | None = None) -> Iterator[float | None]:
-        """Give a call the seconds that `call_options` says, or are left of its transaction's; yields when it has to be
-        over, None for never."""
-        timeout, before = self.context.timeout, deadline.get()
-        until = None if timeout is None else monotonic() + timeout
-        if transaction is not None and transaction.until is not None:
-            until = min(until or math.inf, transaction.until)
-        deadline.set(until)
-        try:
-            yield until
-        finally:
-            deadline.set(before)
+    def _called(self, operation: str, held: Held | None = None) -> Iterator[float | None]:
+        """Run a call with its options; yields when it has to be over, None for never."""
+        with self._with_defaults(operation):
+            options = self.context.options or NO_OPTIONS
+            before = deadline.get()
+            until = None if options.timeout is None else monotonic() + options.timeout
+            if held is not None and held.until is not None:
+                until = min(until or math.inf, held.until)
+            deadline.set(until)
+            try:
+                yield until
+            except ConstraintError as error:
+                make = options.constraint_errors.get(error.constraint or "")
+                if make is None:
+                    raise
+                raise make(error) from error
+            finally:
+                deadline.set(before)
 
     @contextmanager
-    def _limited(self, connection: Connection, transaction: Transaction | None = None) -> Iterator[None]:
-        """Give what the block sends on *connection* the time of one call."""
-        with self._timed(transaction) as until, limited(connection, until):
+    def _with_defaults(self, operation: str) -> Iterator[None]:
+        if self._default_options is None:
+            yield
+        else:
+            with self.context.calling(CallOptions.of(self._default_options(operation)), by_default=True):
+                yield
+
+    @contextmanager
+    def _ruled(self, connection: Connection, until: float | None) -> Iterator[None]:
+        """Run what the block sends on *connection* with the call's options."""
+        options = self.context.options or NO_OPTIONS
+        with limited(connection, until), optioned(connection, options.execution_options):
             yield
 
     @contextmanager
-    def _own_connection(self, database: Database, mode: Mode) -> Iterator[Connection]:
+    def _step(self, operation: str, connection: Connection, held: Held | None = None) -> Iterator[None]:
+        """Run a part of a block, its beginning or its end, as a call of its own."""
+        with self._called(operation, held) as until, limited(connection, until):
+            yield
+
+    @contextmanager
+    def _own_connection(self, operation: str, database: Database, mode: Mode) -> Iterator[Connection]:
         """A connection for a transaction in *mode*, whatever else is open."""
-        with self._timed():
+        with self._called(operation):
             connection = self.cache.engine(database).connect()
         with connection:
             vouch(connection)
@@ -315,17 +362,29 @@ class Router:
             yield connection
 
     @contextmanager
+    def _begun(self, database: Database, mode: Mode) -> Iterator[Connection]:
+        """A connection for a transaction in *mode*: the one that the caller holds, else one of its own."""
+        held = self.context.held(database)
+        if held is None:
+            with self._own_connection("transaction", database, mode) as connection:
+                yield connection
+        else:
+            with held.watch():
+                begin_as(held.connection, mode)
+                yield held.connection
+
+    @contextmanager
     def transaction(self, mode: Mode) -> Iterator[Ending]:
         """Open a transaction on the current database, or join the one that is open on it."""
-        database = self.current
+        database = self.databases.current
         joined = self.context.transaction(database)
         if joined is not None:
             with joined.joined(mode) as ending:
                 yield ending
             return
         with (
-            self._own_connection(database, mode) as connection,
-            self.context.entered(database, connection, mode) as transaction,
+            self._begun(database, mode) as connection,
+            self.context.holding(Transaction(database, connection, mode)) as transaction,
             transaction.block() as ending,
         ):
             try:
@@ -333,10 +392,10 @@ class Router:
                 if is_aborted(connection):
                     # PostgreSQL would answer a COMMIT with a ROLLBACK, and call it a success.
                     transaction.doom(PendingRollbackError("a statement of a session that had joined it failed"))
-                with self._limited(connection, transaction):
+                with self._step("transaction", connection, transaction):
                     transaction.commit()
             except BaseException as error:
-                with self._limited(connection):
+                with self._step("transaction", connection):
                     transaction.rollback()
                 if not ending.takes(error):
                     raise
@@ -359,7 +418,7 @@ class Router:
         self._transaction("rollback() ends a block of one").rollback_with(value)
 
     def _transaction(self, why: str) -> Transaction:
-        database = self.current
+        database = self.databases.current
         transaction = self.context.transaction(database)
         if transaction is None:
             raise NotInTransactionError(
@@ -371,7 +430,7 @@ class Router:
     def savepoint(self) -> Iterator[None]:
         """Mark a point in the open transaction that a failure in the block goes back to."""
         transaction = self._transaction("a savepoint is a part of one")
-        with transaction.savepoint(partial(self._limited, transaction.connection, transaction)):
+        with transaction.savepoint(partial(self._step, "savepoint", transaction.connection, transaction)):
             yield
 
     def in_transaction(self) -> bool:
@@ -381,9 +440,25 @@ class Router:
 
     # What is handed to the user
 
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """Hold one connection to the current database for a block: the open transaction's if there is one."""
+        database = self.databases.current
+        held = self.context.held(database)
+        if held is not None:
+            held.check_usable()
+            disown(held.connection)
+            yield held.connection
+            return
+        with self._called("connection"):
+            connection = self.cache.engine(database).connect()
+        with connection, self.context.holding(Pinned(database, connection)) as pinned:
+            yield connection
+            pinned.check_ended()
+
     def session(self, **options: Any) -> RoutedSession:
         """A session of the current database, in the open transaction if there is one."""
-        database = self.current
+        database = self.databases.current
         transaction = self.context.transaction(database)
         if transaction is None:
             return RoutedSession(database, self.engine(), **options)
@@ -398,23 +473,12 @@ class Router:
     def ping(self) -> float:
         """Open a connection, ask one question, close it; the seconds that it took."""
         begun = perf_counter()
-        with self._timed() as until, self.cache.transient(self.current) as connection, limited(connection, until):
+        database = self.databases.current
+        with self._called("ping") as until, self.cache.transient(database) as connection, limited(connection, until):
             vouch(connection)
             autocommit(connection)
             connection.execute(text("SELECT 1"))
         return perf_counter() - begun
-
-
-_routers: Final[weakref.WeakSet[Router]] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    # Another thread of the parent's may have been in the middle of it.
-    for router in list(_routers):
-        router._lock = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 def _note(error: BaseException, database: Database) -> None:
@@ -436,7 +500,9 @@ def _watched(rows: Iterator[T], database: Database, transaction: Transaction | N
         yield from rows
 
 
-def _session(database: Database, connection: Connection) -> HomeSession:
-    return HomeSession(
-        database.home, connection, autoflush=False, expire_on_commit=False, join_transaction_mode="rollback_only"
-    )
+# A verb's session lets go of its objects, and is a part of the transaction that its connection is in.
+_OF_A_VERB: Final[Mapping[str, Any]] = {
+    "autoflush": False,
+    "expire_on_commit": False,
+    "join_transaction_mode": "rollback_only",
+}

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Column, Executable, event
+from sqlalchemy import Column, Executable, Select, event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.inspection import inspect
-from sqlalchemy.orm import InstanceState, Mapper, RelationshipDirection, Session
+from sqlalchemy.orm import InstanceState, Mapper, ORMExecuteState, RelationshipDirection, Session
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
 from sqlalchemy.orm.exc import DetachedInstanceError
@@ -197,6 +197,10 @@ class HomeSession(Session):
         # Objects that got their token here, to lose it again should they become transient.
         self._stamped: weakref.WeakSet[InstanceState[Any]] = weakref.WeakSet()
 
+    def prepared(self, statement: Select[Any]) -> Select[Any]:
+        """*statement*, a verb's query, as it is to be run."""
+        return statement
+
 
 @event.listens_for(HomeSession, "before_attach")
 def _take_in(session: HomeSession, instance: object) -> None:
@@ -213,6 +217,28 @@ def _let_go(session: HomeSession, instance: object) -> None:
     state = state_of(instance)
     if state in session._stamped:
         state.identity_token = None
+
+
+class PreparedSession(HomeSession):
+    """The session of a verb whose queries are rewritten, those by which relationships are loaded among them."""
+
+    def __init__(self, prepare: Callable[[Any], Any], home: str, bind: Engine | Connection, **options: Any) -> None:
+        super().__init__(home, bind, **options)
+        self._prepare = prepare
+
+    def prepared(self, statement: Select[Any]) -> Select[Any]:
+        """*statement* as it is to be run."""
+        prepared = self._prepare(statement)
+        if not isinstance(prepared, Select):
+            raise TypeError(f"prepare_query() must return the select() to run, and returned {prepared!r}")
+        return prepared
+
+
+@event.listens_for(PreparedSession, "do_orm_execute")
+def _prepare_loads(execution: ORMExecuteState) -> None:
+    session = execution.session
+    if isinstance(session, PreparedSession) and execution.is_relationship_load:
+        execution.statement = session.prepared(execution.statement)  # type: ignore[arg-type]  # it loads, so it selects
 
 
 class RoutedSession(HomeSession):

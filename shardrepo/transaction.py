@@ -1,4 +1,5 @@
-"""A transaction: its connection, who owns it, how it runs, what has broken it, and who may end it."""
+"""What a block holds: a connection and its owner, and if it is a transaction how it runs, what has broken it, and who
+may end it."""
 
 from __future__ import annotations
 
@@ -107,45 +108,66 @@ class Level:
         self.cause: BaseException | None = None
 
 
-class Transaction:
-    """An open transaction: its connection, its owner, and the first error that doomed it, if any.
+class Held:
+    """A connection that a block holds for all that is called in it.
 
     Attributes:
-        database: The database that the transaction runs on.
-        connection: The connection that it holds.
-        owner: Who opened it, and alone may use it.
-        outer: The transaction, on another database, that this one was opened in.
-        mode: How it runs.
+        database: Where it leads.
+        connection: It.
+        owner: Who opened the block, and alone may use it.
+        outer: What the block around it holds, on whatever database.
+        is_over: Whether the block was left.
         until: When it has to be over, on the clock of `time.monotonic`; None for never.
-        is_over: Whether its block was left.
     """
 
-    __slots__ = ("_endings", "_levels", "connection", "database", "is_over", "mode", "outer", "owner", "until")
+    __slots__ = ("connection", "database", "is_over", "outer", "owner", "until")
 
-    def __init__(
-        self, database: Database, connection: Connection, outer: Transaction | None = None, mode: Mode = PLAIN
-    ) -> None:
+    def __init__(self, database: Database, connection: Connection) -> None:
         self.database = database
         self.connection = connection
-        self.outer = outer
-        self.mode = mode
-        self.until = None if mode.timeout is None else monotonic() + mode.timeout
+        self.outer: Held | None = None
         self.owner = Owner()
         self.is_over = False
-        self._endings: list[Ending] = []
-        self._levels = [Level(connection.begin())]
+        self.until: float | None = None
 
     def __repr__(self) -> str:
-        return f"<Transaction on {self.database.home}>"
+        return f"<{type(self).__name__} on {self.database.home}>"
 
     def check_usable(self) -> None:
-        """Raise unless the caller owns this transaction and nothing has failed in it."""
+        """Raise unless the caller owns this."""
         if not self.owner.is_current:
+            what = "transaction" if isinstance(self, Transaction) else "connection"
             raise TransactionOwnerError(
-                f"the transaction on {self.database.home} belongs to the thread, task or process that opened "
+                f"the {what} on {self.database.home} belongs to the thread, task or process that opened "
                 "it, and this is another one: use `with repo.detached():` here for an independent unit of work",
                 home=self.database.home,
             )
+
+    def watch(self) -> AbstractContextManager[None]:
+        """Run a verb on the connection."""
+        raise NotImplementedError
+
+
+class Transaction(Held):
+    """An open transaction, and the first error that doomed it, if any.
+
+    Attributes:
+        mode: How it runs.
+    """
+
+    __slots__ = ("_endings", "_levels", "mode")
+
+    def __init__(self, database: Database, connection: Connection, mode: Mode = PLAIN) -> None:
+        super().__init__(database, connection)
+        self.mode = mode
+        if mode.timeout is not None:
+            self.until = monotonic() + mode.timeout
+        self._endings: list[Ending] = []
+        self._levels = [Level(connection.begin())]
+
+    def check_usable(self) -> None:
+        """Raise unless the caller owns this transaction and nothing has failed in it."""
+        super().check_usable()
         for level in self._levels:
             if level.cause is None and not level.handle.is_active:
                 level.cause = PendingRollbackError("a session that had joined the transaction rolled it back")

@@ -6,42 +6,64 @@ comes in, and the flush is left to it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import event
-from sqlalchemy import insert as sql_insert
+from sqlalchemy.dialects.postgresql import insert as sql_insert
 from sqlalchemy.engine import Connection
-from sqlalchemy.orm import InstanceState
+from sqlalchemy.orm import InstanceState, make_transient_to_detached
+from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.exc import StaleDataError
 
+from .conflicts import Conflict
+from .destination import Destination
 from .errors import unknown
-from .session import HomeSession, check_graph, graph, mapper_of, state_of, write_by_key
-
-
-@dataclass(frozen=True, slots=True)
-class BulkResult:
-    """What a write of many rows did.
-
-    Attributes:
-        count: The number of rows written.
-        rows: What the statement returned; None when it was not asked to return anything.
-    """
-
-    count: int
-    rows: list[Any] | None
+from .session import HomeSession, check_graph, graph, state_of, write_by_key
 
 
 def insert(session: HomeSession, obj: object) -> None:
-    state = state_of(obj)
-    if state.key is not None:
-        became = "was deleted" if state.was_deleted else "is stored already"
+    _flush(session, _new(obj))
+
+
+def upsert(session: HomeSession, obj: object, conflict: Conflict) -> bool:
+    """Insert an object, or do what *conflict* says; whether a row was written, which *obj* then is."""
+    state = _new(obj)
+    destination = conflict.destination
+    check_graph(graph(state), session.home)
+    _check_alone(state)
+    put_back = write_by_key(state)
+    statement = conflict.apply(sql_insert(destination.table).values(dict(_given(state, destination))))
+    row = session.execute(statement.returning(*destination.table.columns)).one_or_none()
+    if row is None:
+        return False
+    for name, column in destination.columns.items():
+        set_committed_value(obj, name, row._mapping[column])
+    state.identity_token = session.home
+    make_transient_to_detached(obj)
+    put_back()
+    return True
+
+
+def _given(state: InstanceState[Any], destination: Destination) -> Iterator[tuple[str, Any]]:
+    """The values that an INSERT of an object names, as a session has it: None leaves a column to its default."""
+    yield from destination.constants.items()
+    for name, column in destination.columns.items():
+        value = state.dict.get(name)
+        if value is not None or (name in state.dict and column.type.should_evaluate_none):
+            yield column.key, value
+
+
+def _check_alone(state: InstanceState[Any]) -> None:
+    """Raise `ValueError` if an object's relationships hold what would have to be written with it."""
+    others = [other for other in graph(state) if other is not state]
+    held = [each.key for each in state.mapper.relationships if each.uselist and state.dict.get(each.key)]
+    if others or held:
         raise ValueError(
-            f"this {type(obj).__name__} {became}, in {state.key[2]}: use update(), or insert a copy made by rehome()"
+            f"on_conflict= writes one row, and this {state.class_.__name__} refers to objects that would be written "
+            f"with it ({', '.join(held) or others[0].class_.__name__}): insert them after it"
         )
-    _flush(session, state)
 
 
 def update(session: HomeSession, obj: object, changes: Mapping[str, Any]) -> None:
@@ -62,17 +84,6 @@ def delete(session: HomeSession, obj: object) -> None:
         session.flush()
     for reference in put_back:
         reference()
-
-
-def insert_all(session: HomeSession, model: Any, rows: Iterable[Mapping[str, Any]]) -> BulkResult:
-    mapper = mapper_of(model)
-    rows = [dict(row) for row in rows]
-    for name in {name for row in rows for name in row}:
-        if name not in mapper.columns:
-            raise ValueError(f"{mapper.class_.__name__}: {unknown('column', name, mapper.columns.keys())}")
-    if rows:
-        session.execute(sql_insert(mapper.class_), rows)
-    return BulkResult(len(rows), None)
 
 
 def check_changes(obj: object, changes: Mapping[str, Any]) -> None:
@@ -144,6 +155,16 @@ def _flush(session: HomeSession, state: InstanceState[Any]) -> None:
     session.flush()
     for reference in put_back:
         reference()
+
+
+def _new(obj: object) -> InstanceState[Any]:
+    state = state_of(obj)
+    if state.key is not None:
+        became = "was deleted" if state.was_deleted else "is stored already"
+        raise ValueError(
+            f"this {type(obj).__name__} {became}, in {state.key[2]}: use update(), or insert a copy made by rehome()"
+        )
+    return state
 
 
 def _stored(obj: object, verb: str) -> InstanceState[Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import Integer, String, create_engine
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
@@ -175,7 +176,7 @@ def plant_decoys(server: Server, database: str, count: int = 9) -> None:
     run_sql(server, database, "; ".join(inserts))
 
 
-_DECOY = {Integer: "n", String: "'decoy ' || n"}
+_DECOY = {Integer: "n", String: "'decoy ' || n", ARRAY: "ARRAY['decoy']", JSONB: "to_jsonb(n)"}
 
 
 def contents(server: Server, database: str) -> list[tuple[Any, ...]]:

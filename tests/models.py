@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
-from sqlalchemy import Column, Computed, FetchedValue, ForeignKey, String, Table, UniqueConstraint, func
+from sqlalchemy import Column, Computed, FetchedValue, ForeignKey, Index, String, Table, UniqueConstraint, func
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column, relationship
 
 
@@ -122,3 +124,24 @@ class Chapter(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     book_id: Mapped[int | None] = mapped_column(ForeignKey("books.id"))
     title: Mapped[str]
+
+
+class Note(Base):
+    """Columns that are called otherwise than their attributes, an array, JSON, and a default that Python computes."""
+
+    __tablename__ = "notes"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    heading: Mapped[str] = mapped_column("Title %", String(20))
+    kind: Mapped[str] = mapped_column(String(5), server_default="plain")
+    token: Mapped[str] = mapped_column(default=lambda: uuid.uuid4().hex)
+    shout: Mapped[str | None] = mapped_column(default=lambda context: _shouted(context))
+    words: Mapped[list[str] | None] = mapped_column(ARRAY(String))
+    data: Mapped[Any] = mapped_column(JSONB, nullable=True)
+    __table_args__ = (Index("notes_of_a_kind", heading, unique=True, postgresql_where=kind == "one"),)
+
+
+def _shouted(context: Any) -> str:
+    """The heading in capitals, as a default that looks at its row."""
+    given = context.get_current_parameters()
+    return str(given.get("Title %", given.get("heading"))).upper()

@@ -181,7 +181,14 @@ TRANSACTIONS: dict[str, tuple[Callable[[type[Repo]], Any], list[str]]] = {
     "children": (lambda repo: repo.insert(User(name="B", posts=[Post(title="x")])), ["INSERT", "INSERT"]),
     "a new parent": (lambda repo: repo.insert(Post(title="x", author=User(name="B"))), ["INSERT", "INSERT"]),
     "joined inheritance": (lambda repo: repo.insert(Dog(breed="pug")), ["INSERT", "INSERT"]),
-    "rows": (lambda repo: repo.insert_all(Tag, [{"label": "x"}, {"label": "y"}]), ["INSERT", "INSERT"]),
+    "rows with other keys": (
+        lambda repo: repo.insert_all(User, [{"name": "x"}, {"name": "y", "age": 2}]),
+        ["INSERT"] * 2,
+    ),
+    "values that fit no array": (
+        lambda repo: repo.insert_all(User, [{"name": "x", "age": 1}, {"name": "y", "age": True}]),
+        ["INSERT"] * 2,
+    ),
     "cascades": (lambda repo: repo.delete(repo.get_one(Book, 2)), ["DELETE"]),
 }
 

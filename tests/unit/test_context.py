@@ -600,7 +600,9 @@ def test_a_subclass_without_config_shares_and_one_with_config_does_not(repo: typ
     with repo.using("block"), OwnShared.using("block too"):
         assert (name(Shared), name(Own)) == ("block", "block too")
     assert Own.get_database().host == "db09"
-    assert repo._router is Shared._router is not Own._router is OwnShared._router
+    assert repo._router.databases is Shared._router.databases
+    assert Shared._router.databases is not Own._router.databases
+    assert Own._router.databases is OwnShared._router.databases
 
 
 def test_two_repos_of_one_name_are_apart() -> None:

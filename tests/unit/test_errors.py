@@ -35,6 +35,13 @@ FACTS: dict[type[ShardRepoError], dict[str, Any]] = {
     errors.TransactionDoomedError: {"home": "db01:5432/app", "cause": OSError("gone")},
     errors.TransactionOwnerError: {"home": "db01:5432/app"},
     errors.StaleError: {"home": "db01:5432/app"},
+    errors.ReadOnlyError: {},
+    errors.ConstraintError: {
+        "kind": "unique",
+        "constraint": "users_email_key",
+        "table": "users",
+        "columns": ("email",),
+    },
 }
 
 CAUGHT_AS: dict[type[ShardRepoError], type[Exception]] = {
@@ -46,13 +53,17 @@ CAUGHT_AS: dict[type[ShardRepoError], type[Exception]] = {
     errors.ServerFullError: errors.ConnectError,
     errors.CheckoutTimeoutError: sa_exc.TimeoutError,
     errors.StaleError: StaleDataError,
+    errors.ConstraintError: sa_exc.IntegrityError,
 }
 
 every_error = pytest.mark.parametrize("kind", FACTS, ids=lambda kind: kind.__name__)
 
 
 def made(kind: type[ShardRepoError]) -> ShardRepoError:
-    return kind("what happened: 3 of 5", **FACTS[kind])
+    said: Any = "what happened: 3 of 5"
+    if kind is errors.ConstraintError:
+        said = sa_exc.IntegrityError("INSERT", {"email": "ada@x"}, OSError(said))
+    return kind(said, **FACTS[kind])
 
 
 def same(one: object, other: object) -> bool:
@@ -99,7 +110,9 @@ def test_an_error_is_caught_as_nothing_else(kind: type[ShardRepoError]) -> None:
 def test_an_error_carries_its_facts(kind: type[ShardRepoError]) -> None:
     """Each fact is an attribute, and the message is nothing but the message."""
     error = made(kind)
-    assert str(error) == "what happened: 3 of 5"
+    statement = "[SQL: INSERT]\n[parameters: {'email': 'ada@x'}]"
+    told = f"(builtins.OSError) what happened: 3 of 5\n{statement}" if kind is errors.ConstraintError else None
+    assert str(error) == (told or "what happened: 3 of 5")
     for fact, value in FACTS[kind].items():
         assert getattr(error, fact) is value
 

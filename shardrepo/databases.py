@@ -1,0 +1,147 @@
+"""The databases of a config: which one a choice means, who has chosen what, and the connections to all of them.
+
+`Databases.resolve` turns a choice into a `Database`, and nothing else does. Repo classes that share a config share
+this.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy.engine import Engine
+from sqlalchemy.util import memoized_property  # functools' own locks before Python 3.12, which no fork survives
+
+from .config import Config, ConfigSource
+from .context import Context
+from .database import Choice, Chosen, Database, choose
+from .errors import NoDatabaseError, WrongDatabaseError
+from .listeners import Listeners
+
+if TYPE_CHECKING:
+    from .engines import ConnectionCache
+
+# Choices whose database is remembered; making one again takes a few microseconds.
+MAX_RESOLVED: Final = 1024
+
+
+class Databases:
+    """What stands behind the repo classes of one config.
+
+    Args:
+        name: How the repo is called in messages.
+        source: The config; a callable is called when a database is first needed.
+        configure: Called with each engine that is made, and its database.
+    """
+
+    def __init__(self, name: str, source: ConfigSource, configure: Callable[[Engine, Database], object]) -> None:
+        self.context = context = Context(name)
+        self.listeners = Listeners(lambda: context.tags)
+        self._source = source
+        self._configure = configure
+        # Guards the making of config and cache, which happens once, and what follows.
+        self._lock = threading.RLock()
+        # The same databases twice: by the choice that means it; by its home, and by who connects to it and how.
+        self._resolved: dict[Choice | None, Database] = {}
+        self._met: dict[str, dict[object, Database]] = {}
+        _all.add(self)
+        if not callable(source):
+            self.config  # noqa: B018  # a wrong config fails where it is written
+
+    @memoized_property
+    def config(self) -> Config:
+        with self._lock:
+            made: Config | None = self.__dict__.get("config")
+            return made or Config.of(self._source)
+
+    @memoized_property
+    def cache(self) -> ConnectionCache:
+        from .engines import ConnectionCache  # here, so that `import shardrepo` loads no driver
+
+        with self._lock:
+            made: ConnectionCache | None = self.__dict__.get("cache")
+            if made is None:
+                made = self.__dict__["cache"] = ConnectionCache(self.config, self.listeners, self._configure)
+            return made
+
+    def resolve(self, choice: Choice | None) -> Database:
+        """Turn a choice into the database it means, the same one every time."""
+        found = self._resolved.get(choice)
+        return self._remember(choice) if found is None else found
+
+    def _remember(self, choice: Choice | None) -> Database:
+        database = self.config.locate(choice)
+        with self._lock:
+            if len(self._resolved) >= MAX_RESOLVED:
+                self._resolved.clear()
+                self._met.clear()
+            # A password that has changed is the same user's.
+            self._met.setdefault(database.home, {})[database.username, database.query] = database
+            return self._resolved.setdefault(choice, database)
+
+    @property
+    def current(self) -> Database:
+        """The database that a verb would use now."""
+        return self.resolve(self.context.choice)
+
+    def named(self, given: Chosen, options: Mapping[str, Any]) -> Database:
+        """The database that *given* or *options* mean, the current one if there are neither."""
+        return self.current if given is None and not options else self.resolve(choose(given, options))
+
+    def at(self, home: str) -> Database:
+        """The database that *home* means: the current one, else the one that was chosen there before.
+
+        No credentials travel to a server for which they were not chosen, and no user stands in for another.
+        """
+        with suppress(NoDatabaseError):
+            if self.current.home == home:
+                return self.current
+        with self._lock:
+            met = list(self._met.get(home, {}).values())
+        if len(met) == 1:
+            return met[0]
+        raise WrongDatabaseError(
+            f"{home} is not the current database, and {'several users have' if met else 'nobody has'} chosen it "
+            "before, or only long ago: choose it with using(...)",
+            expected=home,
+            found=None,
+        )
+
+    def set_database(self, choice: Choice | None) -> Choice | None:
+        """Choose, unless the caller has a transaction open on the current database."""
+        if self.context.is_holding:
+            self._check_switch(choice)
+        return self.context.choose(choice)
+
+    def _check_switch(self, choice: Choice | None) -> None:
+        try:
+            current = self.current
+        except NoDatabaseError:
+            return
+        transaction = self.context.transaction(current)
+        if transaction is None or not transaction.owner.is_current:
+            return
+        wanted = self.resolve(choice)
+        if wanted.key != current.key:
+            raise WrongDatabaseError(
+                f"cannot switch to {wanted.home}: a transaction is open on {current.home}. Leave its block first, "
+                "or use `with repo.using(...)` for an independent unit of work",
+                expected=current.home,
+                found=wanted.home,
+            )
+
+
+_all: Final[weakref.WeakSet[Databases]] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    # Another thread of the parent's may have been in the middle of it.
+    for databases in list(_all):
+        databases._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,364 @@
+"""Rows on their way into a table.
+
+Rows are sent as one array for each column, which the server takes apart: three times as fast as a statement for each
+row (docs/figures.md), and with as many parameters as there are columns, however many rows. What cannot be sent so is
+sent as SQLAlchemy does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final, Literal, TypeAlias
+
+from sqlalchemy import (
+    ARRAY,
+    JSON,
+    Boolean,
+    Column,
+    Date,
+    DateTime,
+    Dialect,
+    Enum,
+    Float,
+    Integer,
+    Interval,
+    LargeBinary,
+    Numeric,
+    Select,
+    String,
+    Time,
+    Uuid,
+    bindparam,
+    func,
+    literal,
+    select,
+)
+from sqlalchemy.dialects.postgresql import INTERVAL
+from sqlalchemy.dialects.postgresql import insert as sql_insert
+from sqlalchemy.dialects.postgresql.ranges import AbstractRange
+from sqlalchemy.exc import DataError
+from sqlalchemy.sql.type_api import TypeEngine
+from sqlalchemy.types import TypeDecorator, UserDefinedType
+
+from .calls import COPIED_ROWS
+from .conflicts import Conflict
+from .destination import Destination
+from .returning import BulkResult, Returning, listed, returned
+from .session import HomeSession
+
+Row: TypeAlias = Mapping[str, Any]
+Via: TypeAlias = Literal["insert", "copy"]
+
+# Rows in one statement, and in memory at a time.
+CHUNK: Final = 10_000
+
+# PostgreSQL's limit on the parameters of one statement
+# (https://www.postgresql.org/docs/current/protocol-message-formats.html, Bind: an Int16).
+MAX_PARAMETERS: Final = 65_535
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows with the same keys, and their places among the rows that they were given with."""
+
+    names: tuple[str, ...]
+    rows: Sequence[Row]
+    places: Sequence[int]
+
+
+class Insertion:
+    """Rows on their way into a table, taken from where they come from a chunk at a time.
+
+    Raises:
+        TypeError: The rows are no mappings.
+        ValueError: A row has a key that is no column, or the options contradict each other.
+    """
+
+    def __init__(
+        self,
+        destination: Destination,
+        source: Iterable[Row] | Select[Any],
+        conflict: Conflict | None,
+        returning: Returning,
+        via: Via,
+    ) -> None:
+        self.destination = destination
+        self.conflict = conflict
+        self.returning = returning
+        for each in () if returning is True or not returning else listed(returning):
+            destination.column(each)
+        self.source = source if isinstance(source, Select) else None
+        self._via = via
+        self._by_rows = False
+        self._check_options()
+        self._chunks = iter(()) if isinstance(source, Select) else _chunks(destination, source)
+        # The first two are taken at once: to know whether there are any, and whether one statement is enough.
+        self._ahead = list(islice(self._chunks, 2))
+
+    def _check_options(self) -> None:
+        if self._via not in ("insert", "copy"):
+            raise ValueError(f"via={self._via!r} is no way to send rows: say 'insert' or 'copy'")
+        if self.returning and not self.destination.is_one_table:
+            raise ValueError(f"{self.destination.name} is stored in several tables, and returning= returns of one")
+        if self._via == "copy":
+            if self.source is not None:
+                raise ValueError("via='copy' sends rows of yours, and a select() gives the server's own: leave it out")
+            if self.conflict is not None or self.returning:
+                raise ValueError("via='copy' knows neither on_conflict= nor returning=: use via='insert'")
+            if not self.destination.is_one_table:
+                raise ValueError(f"{self.destination.name} is stored in several tables, and via='copy' writes one")
+
+    @property
+    def statement(self) -> Any:
+        """The INSERT, without what is inserted."""
+        statement = sql_insert(self.destination.table)
+        return statement if self.conflict is None else self.conflict.apply(statement)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to insert."""
+        return self.source is None and not self._ahead
+
+    @property
+    def is_one_statement(self) -> bool:
+        """Whether one statement inserts everything, unless `run` finds that it takes several."""
+        if self.source is not None:
+            return self.destination.is_one_table
+        return self.destination.is_one_table and len(self._ahead) == len(self._ahead[0]) == 1 and not self._by_rows
+
+    def nothing(self) -> BulkResult:
+        """The result where there was nothing to insert."""
+        return BulkResult(0, [] if self.returning else None)
+
+    def run(self, session: HomeSession) -> BulkResult:
+        """Insert everything; `SeveralStatementsError`, before anything is sent, if one is not enough after all."""
+        if self.source is not None:
+            return _insert_selected(session, self, self.source)
+        count, returned = 0, []
+        while self._ahead:
+            for batches in self._ahead:
+                found: list[tuple[int, Any]] = []
+                for batch in batches:
+                    written, rows = self._insert(session, batch)
+                    count += written
+                    found.extend(zip(batch.places, rows, strict=False))
+                if self.conflict is None:
+                    found.sort(key=lambda each: each[0])
+                returned += [row for _, row in found]
+            self._ahead = list(islice(self._chunks, 1))
+        return BulkResult(count, returned if self.returning else None)
+
+    def _insert(self, session: HomeSession, batch: Batch) -> tuple[int, list[Any]]:
+        """Insert a batch; returns how many rows were written, and what they return."""
+        if not self.destination.is_one_table:
+            return _insert_joined(session, self, batch)
+        values, number = _completed(self.destination, batch), len(batch.rows)
+        if self._via == "copy":
+            return _copy(session, self.destination, values, number), []
+        if number > 1 and (arrays := _arrays(session, values)):
+            try:
+                return _insert_arrays(session, self, *arrays)
+            except DataError as error:
+                # The driver's own, before anything was sent: an array is of one type, and these values were not.
+                if getattr(error.orig, "sqlstate", None) is not None:
+                    raise
+        if number > 1 and self.is_one_statement:
+            self._by_rows = True
+            raise SeveralStatementsError
+        return _insert_rows(session, self, values, number)
+
+
+class SeveralStatementsError(Exception):
+    """Rows cannot be sent with one statement, and belong into a transaction."""
+
+
+def _chunks(destination: Destination, rows: Iterable[Row]) -> Iterator[list[Batch]]:
+    """The rows, so many at a time, in batches with the same keys."""
+    waiting, start = iter(rows), 0
+    while chunk := list(islice(waiting, CHUNK)):
+        orders: dict[tuple[str, ...], tuple[list[Row], list[int]]] = {}
+        for place, row in enumerate(chunk, start):
+            if not isinstance(row, Mapping):
+                raise TypeError(f"insert_all() takes mappings by column, not {row!r}: insert() takes objects")
+            members, places = orders.setdefault(tuple(row), ([], []))
+            members.append(row)
+            places.append(place)
+        yield list(_batches(destination, orders))
+        start += len(chunk)
+
+
+def _batches(
+    destination: Destination, orders: Mapping[tuple[str, ...], tuple[list[Row], list[int]]]
+) -> Iterator[Batch]:
+    """Batches of rows whose keys are the same, in whatever order."""
+    merged: dict[frozenset[str], Batch] = {}
+    for names, (rows, places) in orders.items():
+        same = merged.get(frozenset(names))
+        if same is None:
+            destination.check(names)
+            merged[frozenset(names)] = Batch(names, rows, places)
+        else:
+            merged[frozenset(names)] = Batch(same.names, [*same.rows, *rows], [*same.places, *places])
+    yield from merged.values()
+
+
+class _Given:
+    """What a column's default may ask about the row that it is for, as it asks SQLAlchemy's own context."""
+
+    def __init__(self, row: Row) -> None:
+        self.current_parameters = row
+
+    def get_current_parameters(self, isolate_multiinsert_params: bool = True) -> Row:  # noqa: ARG002  # SQLAlchemy's
+        return self.current_parameters
+
+
+def _completed(destination: Destination, batch: Batch) -> dict[Column[Any], list[Any]]:
+    """The values of each column that rows give, that is the same for all of them, or that Python computes."""
+    values = {destination.columns[name]: [row[name] for row in batch.rows] for name in batch.names}
+    for column in destination.table.columns:
+        if column in values:
+            continue
+        if column.key in destination.constants:
+            values[column] = [destination.constants[column.key]] * len(batch.rows)
+        elif (default := column.default) is not None and default.is_callable:
+            values[column] = [default.arg(_Given(row)) for row in batch.rows]  # type: ignore[attr-defined]  # a callable's
+    return values
+
+
+def _processed(values: Mapping[Column[Any], list[Any]], dialect: Dialect) -> dict[Column[Any], list[Any]]:
+    """The same as the driver takes them."""
+    processed = {}
+    for column, given in values.items():
+        processor = column.type.dialect_impl(dialect).bind_processor(dialect)
+        processed[column] = given if processor is None else [processor(value) for value in given]
+    return processed
+
+
+def _arrays(
+    session: HomeSession, values: Mapping[Column[Any], list[Any]]
+) -> tuple[dict[Column[Any], list[Any]], list[_Cells]] | None:
+    """An array for each column, and their types; None if they cannot be sent as such."""
+    dialect = session.get_bind().dialect
+    types = [_cells(column.type, dialect) for column in values]
+    if not types or any(each is None for each in types):
+        return None
+    return _processed(values, dialect), [each for each in types if each is not None]
+
+
+class _Cells(UserDefinedType[Any]):
+    """An array of a column's values, which have become what the driver takes."""
+
+    cache_ok = True
+    render_bind_cast = True
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+
+    def get_col_spec(self, **_: Any) -> str:
+        return f"{self.spec}[]"
+
+
+# Types whose values survive an array, and a cast to the type without its length.
+_PLAIN: Final = (
+    Boolean, Date, DateTime, Enum, Float, INTERVAL, Integer, Interval, JSON, LargeBinary, Numeric, String, Time, Uuid,
+    AbstractRange,
+)  # fmt: skip
+
+
+def _cells(type_: TypeEngine[Any], dialect: Dialect) -> _Cells | None:
+    """The type of an array of values of *type_*; None if there is none that changes nothing."""
+    overridden = type(type_).bind_expression not in (TypeEngine.bind_expression, TypeDecorator.bind_expression)
+    plain: Any = type_.dialect_impl(dialect)
+    if isinstance(plain, TypeDecorator):
+        plain = plain.impl_instance
+    if overridden or isinstance(type_, ARRAY) or not isinstance(plain, _PLAIN):
+        return None
+    if isinstance(plain, String) and not (isinstance(plain, Enum) and plain.native_enum):
+        # With its length the cast would cut off what the column itself refuses.
+        return _Cells("VARCHAR")
+    return _Cells(dialect.type_compiler_instance.process(plain))
+
+
+def _insert_arrays(
+    session: HomeSession, insertion: Insertion, values: Mapping[Column[Any], list[Any]], types: Sequence[_Cells]
+) -> tuple[int, list[Any]]:
+    arrays = [bindparam(f"array_{n}", type_=type_) for n, type_ in enumerate(types)]
+    names = [f"cell_{n}" for n in range(len(types))]
+    cells = func.unnest(*arrays).table_valued(*names, with_ordinality="place", name="given").render_derived()
+    given = select(*(cells.c[name] for name in names))
+    if insertion.returning:
+        given = given.order_by(cells.c.place)
+    statement = insertion.statement.from_select([column.key for column in values], given)
+    return _written(session, insertion, statement, {f"array_{n}": each for n, each in enumerate(values.values())})
+
+
+def _insert_joined(session: HomeSession, insertion: Insertion, batch: Batch) -> tuple[int, list[Any]]:
+    """Insert rows of which each goes to several tables."""
+    session.execute(sql_insert(insertion.destination.entity), [dict(row) for row in batch.rows])
+    return len(batch.rows), []
+
+
+def _insert_rows(
+    session: HomeSession, insertion: Insertion, values: Mapping[Column[Any], list[Any]], number: int
+) -> tuple[int, list[Any]]:
+    """Insert rows as SQLAlchemy does it: one statement for each, or as many values in one as there may be."""
+    keys = [column.key for column in values]
+    rows = [dict(zip(keys, row, strict=True)) for row in zip(*values.values(), strict=True)] or [{}] * number
+    if not insertion.returning:
+        return _written(session, insertion, insertion.statement, rows if number > 1 else rows[0])
+    count, returned = 0, []
+    size = MAX_PARAMETERS // len(insertion.destination.table.columns)
+    for start in range(0, number, size):
+        written, found = _written(session, insertion, insertion.statement.values(rows[start : start + size]), {})
+        count += written
+        returned += found
+    return count, returned
+
+
+def _insert_selected(session: HomeSession, insertion: Insertion, source: Select[Any]) -> BulkResult:
+    destination = insertion.destination
+    names = [str(each["name"]) for each in source.column_descriptions]
+    destination.check(names)
+    given = {destination.columns[name].key for name in names}
+    for column in destination.table.columns:
+        if column.default is not None and column.default.is_callable and column.key not in given:
+            raise ValueError(f"{column} has a default that Python computes, one for each row: select a value for it")
+    fixed = {key: value for key, value in destination.constants.items() if key not in given}
+    types = {key: destination.table.columns[key].type for key in fixed}
+    chosen = session.prepared(source).add_columns(*(literal(fixed[key], types[key]) for key in fixed))
+    keys = [destination.columns[name].key for name in names]
+    count, rows = _written(session, insertion, insertion.statement.from_select([*keys, *fixed], chosen), {})
+    return BulkResult(count, rows if insertion.returning else None)
+
+
+def _written(session: HomeSession, insertion: Insertion, statement: Any, parameters: Any) -> tuple[int, list[Any]]:
+    if insertion.returning:
+        rows = returned(session, insertion.destination, statement, insertion.returning, parameters)
+        return len(rows), rows
+    return session.execute(statement, parameters, execution_options=_COUNTED).rowcount, []  # type: ignore[attr-defined]  # a CursorResult
+
+
+# SQLAlchemy asks for the number of rows only where it needs it.
+_COUNTED: Final = {"preserve_rowcount": True}
+
+
+def _copy(session: HomeSession, destination: Destination, values: Mapping[Column[Any], list[Any]], number: int) -> int:
+    connection = session.connection()
+    sent = _processed(values, connection.dialect)
+    for column in destination.table.columns:
+        default = column.default
+        if default is None or column in sent:
+            continue
+        if not default.is_scalar:
+            raise ValueError(f"{column} has a default that is SQL, which via='copy' cannot send: give a value for it")
+        sent[column] = [default.arg] * number  # type: ignore[attr-defined]  # a scalar's
+    if not sent:
+        raise ValueError("via='copy' needs a column: use via='insert' for rows that are all defaults")
+    preparer = connection.dialect.identifier_preparer
+    columns = ", ".join(preparer.format_column(column) for column in sent)
+    # It doubles percents, for a driver that looks for parameters.
+    statement = f"COPY {preparer.format_table(destination.table)} ({columns}) FROM STDIN".replace("%%", "%")
+    options = {"no_parameters": True, COPIED_ROWS: zip(*sent.values(), strict=True)}
+    return connection.exec_driver_sql(statement, execution_options=options).rowcount

@@ -1,0 +1,54 @@
+"""A connection that a block holds for several calls, each of whose statements is committed by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import PendingRollbackError
+
+from .database import Database
+from .errors import TransactionDoomedError
+from .pool import is_at_rest, set_autocommit
+from .transaction import Held
+
+
+class Pinned(Held):
+    """A connection for a block. What its SQL sets in the session lasts until the end of the block."""
+
+    __slots__ = ()
+
+    def __init__(self, database: Database, connection: Connection) -> None:
+        super().__init__(database, connection)
+        set_autocommit(connection, True)
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Run a verb, or a transaction, of which nothing stays open."""
+        self.check_usable()
+        self.check_ended()
+        set_autocommit(self.connection, False)
+        try:
+            yield
+        finally:
+            if not self.connection.invalidated:
+                set_autocommit(self.connection, True)
+
+    def check_ended(self) -> None:
+        """Raise unless the connection is as it was taken: alive, and in no transaction. Else it is closed."""
+        connection = self.connection
+        if not connection.invalidated and is_at_rest(connection):
+            # What SQLAlchemy takes for a transaction, around statements that were committed one by one.
+            connection.commit()
+            return
+        lost = connection.invalidated
+        if not lost:
+            connection.invalidate()
+        cause = PendingRollbackError("the connection was lost" if lost else "a BEGIN was sent by hand, and never ended")
+        raise TransactionDoomedError(
+            f"the connection() block on {self.database.home} cannot go on, nor end well: {cause}. What it left open "
+            "was rolled back; use `with repo.transaction():` for what belongs together",
+            home=self.database.home,
+            cause=cause,
+        )
