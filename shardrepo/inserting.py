@@ -286,7 +286,7 @@ def _insert_arrays(
 ) -> tuple[int, list[Any]]:
     arrays = [bindparam(f"array_{n}", type_=type_) for n, type_ in enumerate(types)]
     names = [f"cell_{n}" for n in range(len(types))]
-    cells = func.unnest(*arrays).table_valued(*names, with_ordinality="place", name="given").render_derived()
+    cells = func.unnest(*arrays).table_valued(*names, with_ordinality="place").render_derived("given")
     given = select(*(cells.c[name] for name in names))
     if insertion.returning:
         given = given.order_by(cells.c.place)
