@@ -12,7 +12,7 @@ from sqlalchemy import update as sql_update
 from sqlalchemy.types import TypeEngine
 
 from .destination import Destination
-from .reading import selected
+from .reading import selected, with_criteria
 from .returning import BulkResult, Returning, returned
 from .session import HomeSession, key_names
 
@@ -109,7 +109,9 @@ def _everywhere(
     session: HomeSession, destination: Destination, query: Any, statement: Any, returning: Returning
 ) -> BulkResult:
     """Run *statement* on what *query* selects."""
-    where = _where(destination, selected(session, query))
+    chosen = selected(session, query)
+    statement = with_criteria(statement, chosen)
+    where = _where(destination, chosen)
     if where is not None:
         statement = statement.where(where)
     if not returning:

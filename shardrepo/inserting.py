@@ -45,6 +45,7 @@ from sqlalchemy.types import TypeDecorator, UserDefinedType
 from .calls import COPIED_ROWS
 from .conflicts import Conflict
 from .destination import Destination
+from .reading import with_criteria
 from .returning import BulkResult, Returning, listed, returned
 from .session import HomeSession
 
@@ -329,7 +330,8 @@ def _insert_selected(session: HomeSession, insertion: Insertion, source: Select[
     types = {key: destination.table.columns[key].type for key in fixed}
     chosen = session.prepared(source).add_columns(*(literal(fixed[key], types[key]) for key in fixed))
     keys = [destination.columns[name].key for name in names]
-    count, rows = _written(session, insertion, insertion.statement.from_select([*keys, *fixed], chosen), {})
+    statement = with_criteria(insertion.statement.from_select([*keys, *fixed], chosen), chosen)
+    count, rows = _written(session, insertion, statement, {})
     return BulkResult(count, rows if insertion.returning else None)
 
 

@@ -1,24 +1,26 @@
 """What the verbs that read do, as plain functions of a session.
 
 None of them knows a repo, chooses a database or begins a transaction: a session of the right database
-comes in, which lets go of the objects that it gives. Leans on how a `Select` keeps its limit, its groups and its
-order, and on the mark of a result whose rows repeat (``tests/test_private_api.py``).
+comes in, which lets go of the objects that it gives. Leans on how a `Select` keeps its limit, its groups, its order
+and its options, and on the mark of a result whose rows repeat (``tests/test_private_api.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args
 
 from sqlalchemy import ColumnElement, Executable, Select, Table, bindparam, func, inspect, select, text
 from sqlalchemy.engine import Connection, CursorResult, Result, Row
-from sqlalchemy.orm import Mapper, QueryableAttribute, Session
+from sqlalchemy.orm import LoaderCriteriaOption, Mapper, QueryableAttribute, Session
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.base import ExecutableOption
 
 from .errors import unknown
 from .session import HomeSession, key_names, load_object, mapper_of, state_of
+
+E = TypeVar("E", bound=Executable)
 
 Options: TypeAlias = Sequence[ExecutableOption]
 Aggregate: TypeAlias = Literal["avg", "count", "max", "min", "sum"]
@@ -126,8 +128,9 @@ def stream(session: HomeSession, statement: Select[Any]) -> Generator[Any]:
 
 
 def count(session: HomeSession, query: Any) -> int:
-    rows = _ungrouped(session, query, "count").order_by(None).subquery()
-    return int(session.execute(select(func.count()).select_from(rows)).scalar_one())
+    statement = _ungrouped(session, query, "count")
+    rows = statement.order_by(None).subquery()
+    return int(session.execute(with_criteria(select(func.count()).select_from(rows), statement)).scalar_one())
 
 
 def aggregate(session: HomeSession, query: Any, function: Aggregate, column: Any) -> Any:
@@ -148,11 +151,12 @@ def aggregate(session: HomeSession, query: Any, function: Aggregate, column: Any
     if found is None:
         rows = statement.add_columns(column.label("aggregated")).subquery()
         found = rows.c.aggregated
-    return session.execute(select(over(found))).scalar_one()
+    return session.execute(with_criteria(select(over(found)), statement)).scalar_one()
 
 
 def exists(session: HomeSession, query: Any) -> bool:
-    return bool(session.execute(select(selected(session, query).order_by(None).exists())).scalar_one())
+    statement = selected(session, query)
+    return bool(session.execute(with_criteria(select(statement.order_by(None).exists()), statement)).scalar_one())
 
 
 def execute(session: HomeSession, statement: Executable | str, parameters: Any) -> Result[Any]:
@@ -252,6 +256,12 @@ def _filtered(session: HomeSession, model: Any, columns: Mapping[str, Any]) -> S
 def selected(session: HomeSession, query: Any) -> Select[Any]:
     """The `select` that *query* is, or a mapped class stands for, as it is to be run."""
     return session.prepared(_select_of(query))
+
+
+def with_criteria(statement: E, query: Select[Any]) -> E:
+    """*statement*, which has *query* in it, with the criteria that hold wherever their class is selected from."""
+    criteria = [option for option in query._with_options if isinstance(option, LoaderCriteriaOption)]
+    return statement.options(*criteria) if criteria else statement
 
 
 def _select_of(query: Any) -> Select[Any]:

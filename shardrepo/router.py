@@ -110,9 +110,10 @@ class Router:
     def _read(
         self, database: Database, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        with self._connection(verb.__name__, database) as connection:
+        operation = verb.__name__.rstrip("_")
+        with self._connection(operation, database) as connection:
             autocommit(connection)
-            with self._session(verb.__name__, database, connection) as session:
+            with self._session(operation, database, connection) as session:
                 return verb(session, *args, **kwargs)
 
     def reload(self, objects: Sequence[object], options: reading.Options) -> list[Any]:

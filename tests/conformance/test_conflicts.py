@@ -146,7 +146,7 @@ def test_a_version_is_counted(repo: type[Repo], sql: SQL) -> None:
     account = repo.insert(Account(id=old.id, balance=5), on_conflict="replace", conflict_target="id")
     assert account is not None
     assert (account.balance, account.version) == (5, 2)
-    with pytest.raises(Exception, match="not in .* any more"):
+    with pytest.raises(Exception, match=r"not in .* any more"):
         repo.update(old, balance=7)
     again = repo.insert(Account(id=old.id, balance=6), on_conflict=["balance"], conflict_target="id")
     assert again is not None
@@ -235,7 +235,9 @@ BAD: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         lambda: User(name="x"), {"on_conflict": "nothing", "where": User.age > 1}, "writes none"
     ),
     "children": (lambda: User(name="x", posts=[Post(title="p")]), {"on_conflict": "nothing"}, "insert them after it"),
-    "a new parent": (lambda: Post(title="p", author=User(name="x")), {"on_conflict": "nothing"}, "insert them after it"),
+    "a new parent": (
+        lambda: Post(title="p", author=User(name="x")), {"on_conflict": "nothing"}, "insert them after it"
+    ),
     "several tables": (lambda: Dog(breed="pug"), {"on_conflict": "nothing"}, "several tables"),
 }  # fmt: skip
 
@@ -261,6 +263,7 @@ def test_a_stored_object_is_refused(repo: type[Repo]) -> None:
 
 def test_versions_that_cannot_be_counted_have_to_be_said() -> None:
     """A version that is no number is never left at its first."""
+
     class Base(DeclarativeBase):
         pass
 

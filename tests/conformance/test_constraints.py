@@ -28,8 +28,12 @@ def ada(sql: SQL) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[type[Repo]], Any], tuple[str, str | None, str, tuple[str, ...]]]] = {
-    "unique": (lambda repo: repo.insert(User(name="B", email="ada@x")), ("unique", "users_email_key", "users", ("email",))),
-    "a primary key": (lambda repo: repo.insert(Place(row=1, seat=2)), ("unique", "places_pkey", "places", ("row", "seat"))),
+    "unique": (
+        lambda repo: repo.insert(User(name="B", email="ada@x")), ("unique", "users_email_key", "users", ("email",))
+    ),
+    "a primary key": (
+        lambda repo: repo.insert(Place(row=1, seat=2)), ("unique", "places_pkey", "places", ("row", "seat"))
+    ),
     "a partial index": (
         lambda repo: repo.insert(Note(heading="h", kind="one")), ("unique", "notes_of_a_kind", "notes", ("Title %",))
     ),
@@ -41,7 +45,8 @@ REFUSED: dict[str, tuple[Callable[[type[Repo]], Any], tuple[str, str | None, str
         lambda repo: repo.delete_all(User), ("foreign_key", "posts_author_id_fkey", "posts", ("author_id",))
     ),
     "rows": (
-        lambda repo: repo.insert_all(Tag, [{"label": "a"}, {"label": "a"}]), ("unique", "tags_label_key", "tags", ("label",))
+        lambda repo: repo.insert_all(Tag, [{"label": "a"}, {"label": "a"}]),
+        ("unique", "tags_label_key", "tags", ("label",)),
     ),
     "an update": (
         lambda repo: repo.update_all(Post, {"author_id": 77}),
@@ -77,9 +82,14 @@ def test_a_column_that_is_null(repo: type[Repo]) -> None:
 def test_check_and_exclusion(repo: type[Repo]) -> None:
     """Of these the server tells the name; it does not tell columns, and no text is read for them."""
     with repo.connection() as connection:
-        connection.execute(text("CREATE TEMP TABLE cells (n int CHECK (n > 0), r int4range, EXCLUDE USING gist (r WITH &&))"))
+        connection.execute(
+            text("CREATE TEMP TABLE cells (n int CHECK (n > 0), r int4range, EXCLUDE USING gist (r WITH &&))")
+        )
         connection.execute(text("INSERT INTO cells VALUES (1, '[1,5)')"))
-        for values, kind, name in (("(0, NULL)", "check", "cells_n_check"), ("(1, '[2,3)')", "exclusion", "cells_r_excl")):
+        for values, kind, name in (
+            ("(0, NULL)", "check", "cells_n_check"),
+            ("(1, '[2,3)')", "exclusion", "cells_r_excl"),
+        ):
             with pytest.raises(ConstraintError) as caught:
                 repo.execute(f"INSERT INTO cells VALUES {values}")
             assert (caught.value.kind, caught.value.constraint, caught.value.columns) == (kind, name, ())
