@@ -200,8 +200,17 @@ class ConnectionCache:
             yield connection
 
     def disconnect(self, database: Database) -> None:
-        """Close the idle connections to *database* now, those in use when they are returned."""
-        perform(self.ledger, self.ledger.discard(database.key))
+        """Close the idle connections to *database* now, whoever's they are, those in use when they are returned."""
+        for key in self._keys_of(database.home):
+            perform(self.ledger, self.ledger.discard(key))
+
+    def _keys_of(self, home: str) -> set[str]:
+        """By what the books know the connections to a database: one key for each user and password."""
+        # A connection keeps its engine alive. One call makes the list: a finaliser may add to them meanwhile.
+        with self._lock:
+            engines = [reference() for reference in self._alive.valuerefs()]
+        databases = (engine.pool.database for engine in engines if engine is not None)  # type: ignore[attr-defined]  # a LedgerPool
+        return {database.key for database in databases if database.home == home}
 
     def disconnect_all(self) -> None:
         """`disconnect`, for every database."""

@@ -808,7 +808,7 @@ class Repo:
     def disconnect(cls, choice: Chosen = None, /, **options: Unpack[Options]) -> None:
         """Close the cached connections to a database, by default the current one, so that it can be dropped.
 
-        Those in use are closed when they are returned.
+        Those of all users, whoever is chosen to disconnect it. Those in use are closed when they are returned.
         """
         cls._router.cache.disconnect(cls._router.databases.named(choice, options))
 

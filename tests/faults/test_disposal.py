@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import psycopg
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from shardrepo import CheckoutTimeoutError, Repo, RepoDisposedError
+from shardrepo import CheckoutTimeoutError, Repo, RepoDisposedError, engines
 from shardrepo.testing.servers import Server
 
 from ..conftest import TEMPLATE, await_, await_connections, books_balance, connections_of, run_sql
@@ -31,6 +32,14 @@ def many(server: Server) -> Iterator[list[str]]:
     yield names
     for name in names:
         server.drop_database(name)
+
+
+@pytest.fixture
+def role(server: Server) -> Iterator[str]:
+    """Another user, whose password is its name."""
+    run_sql(server, "postgres", "CREATE ROLE guest LOGIN PASSWORD 'guest' IN ROLE pg_read_all_data")
+    yield "guest"
+    run_sql(server, "postgres", "DROP ROLE guest")
 
 
 def pid(repo: type[Repo], name: str) -> int:
@@ -233,6 +242,41 @@ def test_only_the_cache_keeps_a_database(
     server.create_database(doomed, template=TEMPLATE)
     assert pid(repo, doomed) not in pids
     assert books_balance(repo)
+
+
+def test_disconnect_closes_the_connections_of_every_user(
+    make_repo: Callable[..., type[Repo]], server: Server, many: list[str], role: str
+) -> None:
+    """Whoever disconnects a database, nobody's idle connections to it stay, nor those in use when they come back."""
+    repo = make_repo(many[0], application_name="everybody")
+    guest = {"database": many[0], "username": role, "password": role}
+    for name in many[:2]:
+        pid(repo, name)
+    with repo.using(guest):
+        repo.count(Tag)
+        await_connections(server, "everybody", [many[0], many[0], many[1]])
+        repo.disconnect()
+        await_connections(server, "everybody", [many[1]])
+        with repo.transaction():
+            repo.count(Tag)
+            repo.disconnect(many[0])
+            await_connections(server, "everybody", [many[0], many[1]])
+    await_connections(server, "everybody", [many[1]])
+    assert books_balance(repo)
+
+
+def test_disconnect_after_sqlalchemys_dispose(
+    make_repo: Callable[..., type[Repo]], server: Server, many: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is opened after an engine was disposed is closed too, even when nobody holds that engine any more."""
+    monkeypatch.setattr(engines, "MAX_ENGINES", 1)
+    repo = make_repo(many[0], application_name="again")
+    repo.engine().dispose()
+    for name in (many[0], many[1]):
+        pid(repo, name)
+    gc.collect()
+    repo.disconnect(many[0])
+    await_connections(server, "again", [many[1]])
 
 
 def test_a_database_in_use_can_be_dropped_when_it_is_returned(
