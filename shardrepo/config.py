@@ -12,7 +12,16 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from .calls import checked_seconds
-from .database import ADDRESS_PARAMETERS, Choice, Database, Options, checked, database_from, options_of_url
+from .database import (
+    ADDRESS_PARAMETERS,
+    Choice,
+    Database,
+    Options,
+    checked,
+    checked_name,
+    database_from,
+    options_of_url,
+)
 from .entries import Ages
 from .errors import ConfigError, NoDatabaseError, unknown
 from .places import Bounds
@@ -88,8 +97,9 @@ class Config:
             run in another session. Nothing is prepared then, and nothing reset. What your own SQL leaves in a session
             (`SET`, `LISTEN`, an advisory lock, a temporary table) stays there for whoever is given it next, other
             programs included: use what ends with its transaction, such as `SET LOCAL` and `pg_advisory_xact_lock`.
-        maintenance_database: The database of a server that is used for what concerns others of it: where libpq cannot
-            tell why a connect failed, the server is asked in it.
+        maintenance_database: The database of a server that is used for what concerns others of it: they are made,
+            dropped, renamed and looked up there, and where libpq cannot tell why a connect failed, the server is asked
+            in it. It cannot be dropped or renamed itself.
         application_name: How the connections name themselves to the server.
         connect_args: Further libpq parameters, and psycopg's ``prepare_threshold``.
         engine_options: Arguments for ``create_engine``, those of the pool excepted.
@@ -246,7 +256,9 @@ def _checked_count(name: str, remedy: str, *, optional: bool = False) -> Callabl
     return check
 
 
-def _checked_flag(name: str) -> Callable[[object], bool]:
+def checked_flag(name: str) -> Callable[[object], bool]:
+    """Make a check of a switch, which raises `ConfigError` for what is merely true or false."""
+
     def check(value: object) -> bool:
         if not isinstance(value, bool):
             raise ConfigError(f"{name} must be True or False, not {value!r}")
@@ -278,8 +290,8 @@ _SETTINGS: Final[Mapping[str, Callable[[object], Any]]] = {
         name: checked_seconds(name, optional=True)
         for name in ("idle_timeout", "max_lifetime", "check_after", "warn_after")
     },
-    **{name: _checked_flag(name) for name in ("require_database", "read_only", "pgbouncer")},
-    "maintenance_database": lambda value: _checked_text("maintenance_database", value),
+    **{name: checked_flag(name) for name in ("require_database", "read_only", "pgbouncer")},
+    "maintenance_database": lambda value: checked_name("maintenance_database", value),
     "application_name": lambda value: _checked_text("application_name", value),
     "connect_args": _checked_mapping(
         "connect_args", _OWN_CONNECT_ARGS, "the config's own settings say where and how to connect"

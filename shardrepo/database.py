@@ -158,6 +158,11 @@ class Choice:
     options: tuple[tuple[str, Any], ...] = ()
     database: Database | None = None
 
+    @property
+    def names_database(self) -> bool:
+        """Whether it has a database's name of its own, not the default's."""
+        return self.database is not None or "database" in dict(self.options)
+
     def __repr__(self) -> str:
         if self.database is not None:
             return f"<Choice {self.database!r}>"
@@ -265,7 +270,7 @@ def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{name} must be a string, not {type(value).__name__} {value!r}")
     if not value:
-        raise ConfigError(f"{name} is empty: name one, or leave it out to use the default's")
+        raise ConfigError(f"{name} is empty: name one, or leave it out where there is a default")
     if "\0" in value:
         raise ConfigError(f"{name} {value!r} contains a NUL character, which PostgreSQL cannot be sent")
     try:
@@ -275,12 +280,13 @@ def _text(name: str, value: object) -> str:
     return value
 
 
-def _check_name(value: object) -> str:
-    name = _text("database", value)
+def checked_name(kind: str, value: object) -> str:
+    """Make sure that *value* can be a name in PostgreSQL, without being cut; raises `ConfigError`, which says *kind*."""
+    name = _text(kind, value)
     if (size := len(name.encode())) > MAX_NAME_BYTES:
         raise ConfigError(
-            f"database name {name!r} is {size} bytes long: PostgreSQL would cut it to {MAX_NAME_BYTES} bytes, "
-            "which may be another database's name; use a shorter one"
+            f"{kind} {name!r} is {size} bytes long: PostgreSQL would cut it to {MAX_NAME_BYTES} bytes, which may be "
+            "the name of another; use a shorter one"
         )
     return name
 
@@ -324,7 +330,7 @@ def _check_query(value: object) -> tuple[tuple[str, str], ...]:
 _CHECKS: Final[Mapping[str, Callable[[object], Any]]] = {
     "host": _check_host,
     "port": _check_port,
-    "database": _check_name,
+    "database": lambda value: checked_name("database", value),
     "username": lambda value: _text("username", value),
     "password": _check_password,
     "query": _check_query,

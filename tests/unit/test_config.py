@@ -141,6 +141,12 @@ def test_an_application_name_that_is_no_text_is_refused(value: object) -> None:
     assert "application_name must be a non-empty string" in refused(application_name=value)
 
 
+@pytest.mark.parametrize("value", ["", None, 7, "a\0b", "x" * 64])
+def test_a_maintenance_database_that_cannot_be_is_refused(value: object) -> None:
+    """PostgreSQL would cut a longer name to another one, which could then be dropped from itself."""
+    assert "maintenance_database" in refused(maintenance_database=value)
+
+
 @pytest.mark.parametrize("setting", ["connect_args", "engine_options"])
 @pytest.mark.parametrize("value", [None, "a=b", [("a", "b")]])
 def test_arguments_that_are_no_mapping_are_refused(setting: str, value: object) -> None:
