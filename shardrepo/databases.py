@@ -19,7 +19,7 @@ from sqlalchemy.util import memoized_property  # functools' own locks before Pyt
 from .config import Config, ConfigSource
 from .context import Context
 from .database import Choice, Chosen, Database, choose
-from .errors import NoDatabaseError, WrongDatabaseError
+from .errors import ConfigError, NoDatabaseError, WrongDatabaseError
 from .listeners import Listeners
 
 if TYPE_CHECKING:
@@ -91,6 +91,16 @@ class Databases:
     def named(self, given: Chosen, options: Mapping[str, Any]) -> Database:
         """The database that *given* or *options* mean, the current one if there are neither."""
         return self.current if given is None and not options else self.resolve(choose(given, options))
+
+    def singled_out(self, given: Chosen, options: Mapping[str, Any]) -> Database:
+        """The database that *given* or *options* mean, by a name of their own: never the current or default one."""
+        choice = choose(given, options)
+        if choice is None or not choice.names_database:
+            raise ConfigError(
+                "no database is named, and none is made, dropped, renamed or looked up unless it is: pass its name, or "
+                "options with a database among them"
+            )
+        return self.resolve(choice)
 
     def at(self, home: str) -> Database:
         """The database that *home* means: the current one, else the one that was chosen there before.

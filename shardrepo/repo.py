@@ -14,6 +14,7 @@ from . import reading
 from .bulk import Changes
 from .calls import CallOptions, checked_seconds
 from .calls import Options as CallOptionsGiven
+from .catalog import Blueprint
 from .config import ConfigSource
 from .conflicts import Conflict, OnConflict
 from .conflicts import Target as ConflictTarget
@@ -788,6 +789,96 @@ class Repo:
         Called by the class that has the config, for every database that is used, and again when an engine that was
         not used for long is made anew.
         """
+
+    # The databases of a server
+
+    @classmethod
+    def create_database(
+        cls,
+        choice: Chosen = None,
+        /,
+        *,
+        template: str | None = None,
+        encoding: str | None = None,
+        owner: str | None = None,
+        if_not_exists: bool = False,
+        **options: Unpack[Options],
+    ) -> bool:
+        """Make a database; True when it was made.
+
+            >>> MyRepo.create_database("shard08", template="template_app", if_not_exists=True)  # doctest: +SKIP
+            True
+
+        This and the three that follow take what `set_database` takes, but need a name. Each is one statement, on a
+        connection of its own to the server's `maintenance_database`, as the user that is chosen: it is committed at
+        once, and no part of a transaction that is open. After a timeout nobody knows whether it took place.
+
+        Args:
+            choice: A name, a mapping of options, a URL or a `Database`.
+            template: The database to copy, to which nobody may be connected; this repo's idle connections to it are
+                closed first. The server's own template if not given.
+            encoding: Its character set, "UTF8" or "SQL_ASCII" say; the template's if not given.
+            owner: The role that it is to belong to; the user if not given.
+            if_not_exists: Return False if there is one of that name, however that was made. Of several callers at the
+                same time one makes it.
+            **options: Some of host, port, database, username, password and query, instead of *choice*.
+
+        Raises:
+            ConfigError: No database is named, or an argument is nothing that PostgreSQL could take.
+            DBAPIError: SQLAlchemy's, where the server refuses.
+        """
+        blueprint = Blueprint(template, encoding, owner)
+        database = cls._router.databases.singled_out(choice, options)
+        return cls._router.create_database(database, blueprint, if_not_exists=if_not_exists)
+
+    @classmethod
+    def drop_database(
+        cls, choice: Chosen = None, /, *, force: bool = False, if_exists: bool = False, **options: Unpack[Options]
+    ) -> bool:
+        """Drop a database, with all that is in it; True when it was dropped.
+
+        This repo's idle connections to it are closed first, those of all users. What else is connected to it, the open
+        sessions and transactions of this repo included, the server waits for some seconds, then refuses (SQLSTATE
+        55006).
+
+        Args:
+            choice: As for `create_database`.
+            force: Have the server end whatever is connected to it first, such as a pooler's own connections.
+            if_exists: Return False if there is none of that name.
+
+        Raises:
+            ConfigError: No database is named, or it is the `maintenance_database`.
+            DBAPIError: SQLAlchemy's, where the server refuses; if it is in use, with a note that says what to do.
+        """
+        database = cls._router.databases.singled_out(choice, options)
+        return cls._router.drop_database(database, force=force, if_exists=if_exists)
+
+    @classmethod
+    def rename_database(cls, choice: Chosen, name: str, /, **options: Unpack[Options]) -> None:
+        """Give a database the name *name*, on the same server, while nobody is connected to it.
+
+        This repo's idle connections to it are closed first. Objects that were loaded before keep their old home, which
+        is no database any more: load them again.
+
+        Args:
+            choice: As for `create_database`; None beside *options*.
+            name: Its new name.
+            **options: As for `create_database`.
+
+        Raises:
+            ConfigError: As for `drop_database`, or *name* is no name.
+            DBAPIError: As for `drop_database`.
+        """
+        cls._router.rename_database(cls._router.databases.singled_out(choice, options), name)
+
+    @classmethod
+    def database_exists(cls, choice: Chosen = None, /, **options: Unpack[Options]) -> bool:
+        """Whether its server has a database of that name; nothing connects to that.
+
+        Raises:
+            ConfigError: No database is named.
+        """
+        return cls._router.database_exists(cls._router.databases.singled_out(choice, options))
 
     # The connections
 

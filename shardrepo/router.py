@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic, perf_counter
 from types import MappingProxyType
@@ -21,12 +21,13 @@ from sqlalchemy.exc import NoResultFound, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.orm.exc import StaleDataError
 from sqlalchemy.util import memoized_property
 
-from . import bulk, inserting, plans, reading, reloading, writing
+from . import bulk, catalog, inserting, plans, reading, reloading, writing
 from .calls import CallOptions, deadline
+from .config import checked_flag
 from .conflicts import Conflict
-from .database import Database
+from .database import Database, checked_name
 from .databases import Databases
-from .errors import ConstraintError, NotInTransactionError, ReadOnlyError, StaleError
+from .errors import ConfigError, ConstraintError, NotInTransactionError, ReadOnlyError, StaleError
 from .pinned import Pinned
 from .pool import autocommit, begin_as, disown, is_aborted, limited, optioned, vouch
 from .returning import BulkResult, Returning
@@ -474,12 +475,70 @@ class Router:
     def ping(self) -> float:
         """Open a connection, ask one question, close it; the seconds that it took."""
         begun = perf_counter()
-        database = self.databases.current
-        with self._called("ping") as until, self.cache.transient(database) as connection, limited(connection, until):
-            vouch(connection)
-            autocommit(connection)
+        with self._transient("ping", self.databases.current) as connection:
             connection.execute(text("SELECT 1"))
         return perf_counter() - begun
+
+    @contextmanager
+    def _transient(self, operation: str, database: Database) -> Iterator[Connection]:
+        """A connection of its own for one call, outside every transaction; each statement is committed by itself."""
+        with (
+            self._called(operation) as until,
+            self.cache.transient(database) as connection,
+            self._ruled(connection, until),
+        ):
+            vouch(connection)
+            autocommit(connection)
+            yield connection
+
+    # The databases of a server
+
+    def create_database(self, database: Database, blueprint: catalog.Blueprint, *, if_not_exists: bool) -> bool:
+        """Make *database*; False if it was there, and might be."""
+        self.check_writable("create_database")
+        checked_flag("if_not_exists")(if_not_exists)
+        with self._maintaining("create_database", database) as connection:
+            if blueprint.template is not None:
+                self.cache.disconnect(replace(database, name=blueprint.template))
+            return catalog.create(connection, database.name, blueprint, if_not_exists=if_not_exists)
+
+    def drop_database(self, database: Database, *, force: bool, if_exists: bool) -> bool:
+        """Drop *database*; False if it was not there, and need not be."""
+        self.check_writable("drop_database")
+        checked_flag("force")(force)
+        checked_flag("if_exists")(if_exists)
+        self._check_dispensable(database)
+        with self._maintaining("drop_database", database) as connection:
+            self.cache.disconnect(database)
+            return catalog.drop(connection, database.name, force=force, if_exists=if_exists)
+
+    def rename_database(self, database: Database, name: str) -> None:
+        """Give *database* another name."""
+        self.check_writable("rename_database")
+        checked_name("database", name)
+        self._check_dispensable(database)
+        with self._maintaining("rename_database", database) as connection:
+            self.cache.disconnect(database)
+            catalog.rename(connection, database.name, name)
+
+    def database_exists(self, database: Database) -> bool:
+        """Whether its server has *database*."""
+        with self._maintaining("database_exists", database) as connection:
+            return catalog.exists(connection, database.name)
+
+    @contextmanager
+    def _maintaining(self, operation: str, database: Database) -> Iterator[Connection]:
+        """A connection for one call about *database*, to its server's maintenance database."""
+        there = replace(database, name=self.databases.config.maintenance_database)
+        with _noted(database), self._transient(operation, there) as connection:
+            yield connection
+
+    def _check_dispensable(self, database: Database) -> None:
+        if database.name == self.databases.config.maintenance_database:
+            raise ConfigError(
+                f"{database.home} is the maintenance_database, from which the others are dropped and renamed: that "
+                "takes a repo with another one in its config"
+            )
 
 
 def _note(error: BaseException, database: Database) -> None:

@@ -31,7 +31,7 @@ LAYERS = [
     {"conflicts"},
     {"reading", "writing"},
     {"returning"},
-    {"reloading", "inserting", "bulk", "plans"},
+    {"reloading", "inserting", "bulk", "plans", "catalog"},
     {"databases"},
     {"router"},
     {"repo"},
@@ -48,7 +48,7 @@ FOR_TYPES = {("errors", "database"), ("log", "repo")}
 
 # The modules that may load what stands behind them; nothing else may, at import or later.
 OWNERS = {
-    "psycopg": {"connection", "diagnosis", "driver", "testing"},
+    "psycopg": {"catalog", "connection", "diagnosis", "driver", "testing"},
     "alembic": {"fleet"},
     "pytest": {"pytest_plugin", "testing"},
 }

@@ -326,6 +326,9 @@ WRITES: dict[str, Callable[[type[Repo]], Any]] = {
     "update_all": lambda repo: repo.update_all(Tag, {"label": "x"}),
     "delete": lambda repo: repo.delete(repo.get_one(Tag, 1)),
     "delete_all": lambda repo: repo.delete_all(Tag),
+    "create_database": lambda repo: repo.create_database("never"),
+    "drop_database": lambda repo: repo.drop_database("never", if_exists=True),
+    "rename_database": lambda repo: repo.rename_database("never", "ever"),
 }
 
 

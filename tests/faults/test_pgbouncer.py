@@ -15,7 +15,7 @@ from sqlalchemy.engine import URL
 from shardrepo import Repo
 from shardrepo.testing.servers import Server, Servers, count_statements
 
-from ..conftest import books_balance, run_sql
+from ..conftest import TEMPLATE, books_balance, run_sql
 from ..models import Tag
 from ..pgbouncer import MISSING, PROGRAM, start_pgbouncer
 
@@ -209,3 +209,14 @@ def test_servers_of_several_versions(repo: type[Repo]) -> None:
             driver.autocommit = True
             assert "PgBouncer" in driver.execute("SHOW VERSION").fetchone()[0]
             raw.close()
+
+
+def test_a_database_that_is_made_and_dropped(repo: type[Repo]) -> None:
+    """It is made, used and dropped through PgBouncer, whose own connections to it a drop has to force."""
+    name = "pooled made"
+    assert repo.create_database(name, template=TEMPLATE)
+    with repo.using(name):
+        assert repo.insert(Tag(label="a")).id == 1
+    assert repo.database_exists(name)
+    assert repo.drop_database(name, force=True)
+    assert not repo.database_exists(name)

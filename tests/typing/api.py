@@ -55,6 +55,9 @@ assert_type(AppRepo.set_database(host="db02", database="shard201"), Choice | Non
 assert_type(AppRepo.get_database(), Database)
 assert_type(AppRepo.session(), RoutedSession)
 assert_type(AppRepo.engine(), Engine)
+assert_type(AppRepo.create_database("shard03", template="shard02", if_not_exists=True), bool)
+assert_type(AppRepo.drop_database(host="db02", database="shard201", force=True), bool)
+assert_type(AppRepo.database_exists({"database": "shard03"}), bool)
 assert_type(AppRepo.stats(), Stats)
 
 
