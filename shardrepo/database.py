@@ -281,7 +281,7 @@ def _text(name: str, value: object) -> str:
 
 
 def checked_name(kind: str, value: object) -> str:
-    """Make sure that *value* can be a name in PostgreSQL, without being cut; raises `ConfigError`, which says *kind*."""
+    """Make sure that *value* can be a name in PostgreSQL, without being cut; `ConfigError` says its *kind*."""
     name = _text(kind, value)
     if (size := len(name.encode())) > MAX_NAME_BYTES:
         raise ConfigError(
