@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Final, Self, TypeAlias, TypedDict
 
@@ -64,6 +64,10 @@ class CallOptions:
             if name not in _CHECKS:
                 raise ConfigError(unknown("option", str(name), _CHECKS))
         return cls(**{name: _CHECKS[name](value) for name, value in given.items()})
+
+    def __str__(self) -> str:
+        given = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return f"call_options({', '.join(f'{name}={value}' for name, value in given if value)})"
 
     def over(self, outer: CallOptions | None) -> CallOptions:
         """These, and of *outer* what they leave open."""

@@ -94,7 +94,7 @@ class Context:
         *by_default* the other way round; left in another context, it is as `using` is."""
         around = self.options
         merged = around.over(options) if by_default and around is not None else options.over(around)
-        with _scoped(self._options, merged, "call_options(...)"):
+        with _scoped(self._options, merged, str(options)):
             yield
 
     @property

@@ -101,7 +101,8 @@ def test_one_thread_per_cache(make_repo: Callable[..., type[Repo]], database: st
     other: Any = make_repo(database, idle_timeout=0.2)
     other.count(Tag)
     cache = weakref.ref(other._router.cache)
-    other._router.__dict__.pop("cache")
+    for each in (other._router, other._router.databases):
+        each.__dict__.pop("cache")
     gc.collect()
     assert cache() is None
     await_(lambda: housekeepers() == [])
