@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args
 
 from sqlalchemy import ColumnElement, Executable, Select, Table, bindparam, func, inspect, select, text
-from sqlalchemy.engine import Connection, CursorResult, Result, Row
+from sqlalchemy.engine import Connection, Result, Row
 from sqlalchemy.orm import LoaderCriteriaOption, Mapper, QueryableAttribute, Session
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.base import ExecutableOption
@@ -331,4 +331,5 @@ def unique(result: Any) -> Any:
 
 
 def _returns_rows(result: Result[Any]) -> bool:
-    return not isinstance(result, CursorResult) or result.returns_rows
+    # Of the columns, not of the result: that of an INSERT of many objects' rows is no cursor's, and has none.
+    return getattr(result._metadata, "returns_rows", True)

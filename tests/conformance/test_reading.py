@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import pytest
-from sqlalchemy import delete, func, inspect, select, text, update
+from sqlalchemy import delete, func, insert, inspect, select, text, update
 from sqlalchemy.exc import MultipleResultsFound, NoResultFound
 from sqlalchemy.orm import joinedload, selectinload
 from sqlalchemy.orm.exc import DetachedInstanceError
@@ -336,6 +336,14 @@ def test_execute_many(repo: type[Repo], sql: SQL) -> None:
     """A list of parameters runs the statement once for each."""
     repo.execute("INSERT INTO tags (label) VALUES (:label)", [{"label": "a"}, {"label": "b"}])
     assert sql("SELECT label FROM tags ORDER BY 1") == [("a",), ("b",)]
+
+
+def test_execute_many_by_a_mapped_class(repo: type[Repo], sql: SQL) -> None:
+    """An INSERT of many rows is executed once, and what it returns is what was asked for."""
+    repo.execute(insert(Tag), [{"label": "a"}, {"label": "b"}])
+    stored = repo.execute(insert(Tag).returning(Tag.label), [{"label": "c"}, {"label": "d"}])
+    assert sorted(stored.scalars()) == ["c", "d"]
+    assert sql("SELECT label FROM tags ORDER BY 1") == [("a",), ("b",), ("c",), ("d",)]
 
 
 def test_errors_name_the_database(repo: type[Repo]) -> None:
