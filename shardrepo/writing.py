@@ -103,8 +103,15 @@ def touched(obj: object, changes: Mapping[str, Any], *, deleting: bool = False) 
         states.update(graph(state, "delete"))
     for name in changes.keys() & state.mapper.relationships.keys():
         for end in (changes[name], state.dict.get(name)):
-            states.update(state_of(one) for one in (end if isinstance(end, Collection) else [end]) if one is not None)
+            states.update(state_of(one) for one in _members(end) if one is not None)
     return states
+
+
+def _members(end: Any) -> Collection[Any]:
+    """What one end of a relationship refers to."""
+    if isinstance(end, Mapping):
+        return end.values()
+    return end if isinstance(end, Collection) else [end]
 
 
 def is_single_statement(session: HomeSession, obj: object, *, deleting: bool = False) -> bool:
