@@ -20,6 +20,7 @@ from sqlalchemy import create_engine, event
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.util import LRUCache
 
 from .calls import COPIED_ROWS
@@ -34,6 +35,7 @@ from .housekeeper import Housekeeper
 from .ledger import Ledger
 from .listeners import Listeners
 from .pool import Books, LedgerPool, close, perform
+from .session import check_parameters
 from .stats import Stats
 
 # An engine without connections costs about 10 KiB and 0.1 ms to make again.
@@ -89,6 +91,7 @@ class SharedDialect(PGDialect_psycopg):
         return connection
 
     def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        _check_home(cursor, context)
         # SQLAlchemy asks its own first questions under a lock, under which no listener may use the repo.
         if self.listeners.query and self.server_version is not None:
             with self._told(cursor, statement):
@@ -106,6 +109,7 @@ class SharedDialect(PGDialect_psycopg):
                 copy.write_row(row)
 
     def do_executemany(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
+        _check_home(cursor, context)
         with self._told(cursor, statement):
             super().do_executemany(cursor, statement, parameters, context)  # type: ignore[no-untyped-call]  # SQLAlchemy's
 
@@ -145,6 +149,15 @@ class SharedDialect(PGDialect_psycopg):
         # To the database's own default, which may differ from the one that the first database had.
         dbapi_conn.autocommit = False
         dbapi_conn.isolation_level = None
+
+
+def _check_home(cursor: Any, context: Any) -> None:
+    """Raise `WrongDatabaseError` if a statement asks by an object of another database; it has not been sent then."""
+    if context is not None and isinstance(context.compiled, SQLCompiler):
+        # None of a statement that is compiled anew every time, as an INSERT of several rows is.
+        taken = context.extracted_parameters
+        given = context.compiled.binds.values() if taken is None else taken
+        check_parameters(given, cursor.connection.database.home)
 
 
 registry.register("postgresql.shardrepo", __name__, "SharedDialect")

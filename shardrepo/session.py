@@ -2,8 +2,9 @@
 
 An object's home is the ``identity_token`` of its ORM identity: the string ``server/name``. It is set when a
 row is loaded or inserted, survives detaching and pickling, and keeps equal primary keys of two databases
-apart. Here, too, is what leans on the insides of `InstanceState`: `Snapshot`, because a failed flush leaves
-traces on objects that SQLAlchemy does not take back (``tests/test_private_api.py``).
+apart. Here, too, is what leans on SQLAlchemy's insides (``tests/test_private_api.py``): `Snapshot` on those of
+`InstanceState`, because a failed flush leaves traces on objects that SQLAlchemy does not take back; on how a criterion
+keeps the object that it asks by; and on ``Session._merge``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Column, Executable, Select, event
+from sqlalchemy import BindParameter, Column, Executable, Select, event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.inspection import inspect
@@ -150,6 +151,18 @@ def check_graph(states: Iterable[InstanceState[Any]], home: str) -> None:
                 check_home(state_of(target), home)
 
 
+def check_parameters(parameters: Iterable[BindParameter[Any]], home: str) -> None:
+    """Raise `WrongDatabaseError` if one of *parameters* is the key of an object of another database.
+
+    ``Post.author == user`` asks by the user's key, which in another database is the key of somebody else.
+    """
+    for parameter in parameters:
+        for cell in getattr(parameter.callable, "__closure__", None) or ():
+            asked_by = cell.cell_contents
+            if isinstance(asked_by, InstanceState) and _home(asked_by) is not None:
+                check_home(asked_by, home)
+
+
 def load_object(mapper: Mapper[Any], values: Iterable[tuple[str, Any]], home: str) -> Any:
     """Make the detached object that a session would make of these column values, loaded in *home*."""
     obj = mapper.class_manager.new_instance()
@@ -283,6 +296,11 @@ class RoutedSession(HomeSession):
         state = state_of(instance)
         check_graph([state, *(other for *_, other, _ in state.mapper.cascade_iterator("merge", state))], self.home)
         return super().merge(instance, **kwargs)
+
+    def _merge(self, state: InstanceState[Any], *args: Any, **kwargs: Any) -> Any:
+        # The way in of results that were frozen in another session, which take no other.
+        check_home(state, self.home)
+        return super()._merge(state, *args, **kwargs)
 
     def merge_all(self, instances: Iterable[T], **kwargs: Any) -> Sequence[T]:
         """`Session.merge_all`; refuses what `merge` refuses."""

@@ -18,11 +18,12 @@ import psycopg
 import pytest
 from psycopg import pq
 from psycopg.adapt import AdaptersMap, Loader
-from sqlalchemy import create_engine, func, select, text
+from sqlalchemy import create_engine, event, func, insert, select, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
-from sqlalchemy.orm import InstanceState, RelationshipProperty, Session, joinedload, selectinload
+from sqlalchemy.orm import InstanceState, RelationshipProperty, Session, joinedload, selectinload, with_parent
 from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.loading import merge_frozen_result
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool, Pool
 from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord
 from sqlalchemy.sql import operators
@@ -456,6 +457,50 @@ def test_a_failed_flush_changes_nothing_that_a_snapshot_does_not_save(engine: En
     assert [picture(state) for state in states] == before
     assert new.id is None
     assert (stored.name, new.posts, post.tags) == ("Eva", [post], [tag])
+
+
+def test_a_criterion_keeps_the_object_that_it_asks_by(engine: Engine) -> None:
+    """The parameter's callable has its state in a cell, and a statement's context has its parameters (session)."""
+    user, post = User(id=1, name="Ada"), Post(id=1, title="x")
+    for criterion, asked_by in (
+        (Post.author == user, user),
+        (Post.author != user, user),
+        (with_parent(user, User.posts), user),
+        (User.posts.contains(post), post),
+        (Post.tags.contains(tag := Tag(id=1, label="x")), tag),
+    ):
+        (parameter,) = [one for one in criterion._generate_cache_key()[1] if one.callable is not None]
+        cells = [cell.cell_contents for cell in parameter.callable.__closure__]
+        assert [cell.obj() for cell in cells if isinstance(cell, InstanceState)] == [asked_by]
+    seen: list[Any] = []
+    event.listen(engine, "before_cursor_execute", lambda *args: seen.append(args[4]))
+    with Session(engine) as session:
+        for statement in (select(Post).where(Post.author == user), insert(Post).values([{"title": "x"}] * 2)):
+            session.execute(statement)
+    cached, uncached = seen
+    assert [one.callable is not None for one in cached.extracted_parameters] == [True]
+    assert uncached.extracted_parameters is None
+    assert len(uncached.compiled.binds) == 2
+
+
+def test_a_frozen_result_comes_in_by_merge(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Session._merge` is called with the state of each of its objects, and by `merge` (session)."""
+    merged: list[Any] = []
+    whole = Session._merge
+    monkeypatch.setattr(
+        Session,
+        "_merge",
+        lambda self, state, *args, **kwargs: merged.append(state) or whole(self, state, *args, **kwargs),
+    )
+    with Session(engine) as session:
+        session.add(User(name="Ada"))
+        session.flush()
+        frozen = session.execute(select(User)).freeze()
+        state = instance_state(frozen.data[0])
+        for load in (True, False):
+            merge_frozen_result(session, select(User), frozen, load=load)()
+        session.merge(state.obj())
+    assert merged == [state] * 3
 
 
 # The interpreter
