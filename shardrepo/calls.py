@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Final, Self, TypeAlias, TypedDict
 
@@ -53,9 +53,9 @@ class CallOptions:
     """
 
     timeout: float | None = None
-    execution_options: Mapping[str, Any] = _EMPTY
-    constraint_errors: ConstraintErrors = _EMPTY
-    tags: Mapping[str, Any] = _EMPTY
+    execution_options: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
+    constraint_errors: ConstraintErrors = field(default_factory=lambda: _EMPTY)
+    tags: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
