@@ -83,7 +83,7 @@ def test_a_database_that_is_renamed(make_repo: Callable[..., type[Repo]], server
     with repo.using(name):
         repo.insert(Tag(label="moved"))
         repo.disconnect()
-        await_connections(server, repo._router.config.application_name, [])
+        await_connections(server, repo._router.databases.config.application_name, [])
         run_sql(server, "postgres", f"ALTER DATABASE {name} RENAME TO changed")
         with pytest.raises(UnknownDatabaseError):
             repo.count(Tag)
