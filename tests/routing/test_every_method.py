@@ -1,4 +1,4 @@
-"""Every public method of a Repo honours the database that is current where it is called; a new one needs a case here."""
+"""Every public method of a Repo honours the database that is current where it is called; a new one needs a case."""
 
 from __future__ import annotations
 
