@@ -1,4 +1,7 @@
-"""What the verbs that update and delete many rows at once do, as plain functions of a session."""
+"""What the verbs that update and delete many rows at once do, as plain functions of a session.
+
+Leans on a `Select` that compares all of its parts (``tests/test_private_api.py``).
+"""
 
 from __future__ import annotations
 

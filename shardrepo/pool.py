@@ -1,8 +1,9 @@
 """SQLAlchemy's pool over the ledger: it does what the ledger decides, outside the ledger's lock.
 
 This is the one place that leans on SQLAlchemy's pool internals: a `Pool` subclass is asked for a
-``_ConnectionRecord`` by ``_do_get`` and gets it back by ``_do_return_conn``, and a record knows by
-the dead ``fairy_ref`` that it comes back from a finaliser. ``tests/test_private_api.py`` fails when that changes.
+``_ConnectionRecord`` by ``_do_get`` and gets it back by ``_do_return_conn``, a record knows by
+the dead ``fairy_ref`` that it comes back from a finaliser, and a connection keeps its execution options in one
+attribute. ``tests/test_private_api.py`` fails when that changes.
 """
 
 from __future__ import annotations

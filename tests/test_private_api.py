@@ -21,7 +21,16 @@ from psycopg.adapt import AdaptersMap, Loader
 from sqlalchemy import create_engine, event, func, insert, select, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
-from sqlalchemy.orm import InstanceState, RelationshipProperty, Session, joinedload, selectinload, with_parent
+from sqlalchemy.orm import (
+    InstanceState,
+    LoaderCriteriaOption,
+    RelationshipProperty,
+    Session,
+    joinedload,
+    selectinload,
+    with_loader_criteria,
+    with_parent,
+)
 from sqlalchemy.orm.attributes import instance_state
 from sqlalchemy.orm.loading import merge_frozen_result
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool, Pool
@@ -395,6 +404,38 @@ def test_a_statement_tells_its_limit_and_groups() -> None:
     assert not plain._group_by_clauses
     assert plain.group_by(User.name)._group_by_clauses
     assert not select(func.count())._group_by_clauses
+
+
+def test_a_statement_tells_its_options() -> None:
+    """`_with_options` has them, in their order, so that those about a class hold around it too (reading)."""
+    loader, criteria = selectinload(User.posts), with_loader_criteria(Post, Post.title == "x")
+    assert select(User)._with_options == ()
+    assert select(User).options(loader, criteria)._with_options == (loader, criteria)
+    assert isinstance(criteria, LoaderCriteriaOption)
+    assert not isinstance(loader, LoaderCriteriaOption)
+
+
+def test_a_plain_select_is_told_from_any_other() -> None:
+    """`compare` sees every part that a select may have, options and locks among them (bulk)."""
+    criterion = User.name == "x"
+    plain = select(User).where(criterion)
+    assert select(User).where(criterion).compare(plain)
+    others = (
+        plain.limit(1), plain.offset(1), plain.distinct(), plain.order_by(User.id), plain.group_by(User.id),
+        plain.join(User.posts), plain.with_for_update(), plain.options(with_loader_criteria(User, User.id > 1)),
+        plain.where(User.id == 1), plain.add_cte(select(Tag).cte()), plain.having(User.id > 1), select(User),
+    )  # fmt: skip
+    assert not any(plain.compare(other) for other in others)
+
+
+def test_execution_options_can_be_put_back(engine: Engine) -> None:
+    """`_execution_options` is all that a connection keeps of them (pool)."""
+    with engine.connect() as connection:
+        before = connection.get_execution_options()
+        connection.execution_options(mine=1)
+        connection._execution_options = before
+        assert connection.get_execution_options() is before
+        assert "mine" not in connection.execute(text("SELECT 1")).context.execution_options
 
 
 def test_a_loader_tells_its_path_and_criteria() -> None:

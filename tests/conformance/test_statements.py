@@ -133,6 +133,11 @@ WRITES: dict[str, tuple[Callable[[type[Repo]], Any], str]] = {
     "update": (lambda repo: repo.update(repo.get_one(User, 1), name="Bob"), "UPDATE"),
     "update with a computed column": (lambda repo: repo.update(repo.get_one(Place, (1, 2)), label="x"), "UPDATE"),
     "delete": (lambda repo: repo.delete(repo.get_one(Tag, 1)), "DELETE"),
+    "insert over a conflict": (
+        lambda repo: repo.insert(User(id=1, name="B"), on_conflict="replace", conflict_target="id"),
+        "INSERT",
+    ),
+    "insert_or_update": (lambda repo: repo.insert_or_update(User(name="Bob")), "INSERT"),
     "delete of a composite key": (lambda repo: repo.delete(repo.get_one(Place, (1, 2))), "DELETE"),
 }
 
@@ -147,6 +152,75 @@ def test_a_proven_single_write_is_one_statement(repo: type[Repo], sent: Any, row
     with sent() as reading:
         _ = [getattr(obj, column.key) for column in type(obj).__mapper__.column_attrs]
     assert reading.words == []
+
+
+BULK: dict[str, tuple[Callable[[type[Repo]], Any], str]] = {
+    "insert_all": (lambda repo: repo.insert_all(Tag, [{"label": f"t{n}"} for n in range(10_000)]), "INSERT"),
+    "insert_all of one": (lambda repo: repo.insert_all(Tag, [{"label": "x"}], returning=True), "INSERT"),
+    "insert_all over conflicts": (
+        lambda repo: repo.insert_all(Tag, [{"label": "a"}, {"label": "b"}], on_conflict="nothing", returning=True),
+        "INSERT",
+    ),
+    "insert_all of a query": (lambda repo: repo.insert_all(Tag, select(User.name.label("label"))), "INSERT"),
+    "insert_all by copy": (lambda repo: repo.insert_all(Tag, [{"label": "x"}, {"label": "y"}], via="copy"), "COPY"),
+    "update_all": (lambda repo: repo.update_all(select(User).limit(1), {"age": 7}, returning=True), "UPDATE"),
+    "delete_all": (lambda repo: repo.delete_all(select(Chapter).where(Chapter.id == 1)), "DELETE"),
+}
+
+
+@pytest.mark.parametrize("write", BULK)
+def test_a_write_of_many_rows_is_one_statement(repo: type[Repo], sent: Any, rows: None, write: str) -> None:
+    """However many rows: without a transaction around it, and one statement of an open one."""
+    verb, word = BULK[write]
+    with sent() as alone:
+        verb(repo)
+    assert alone.words == [word]
+    with sent() as inside, repo.transaction():
+        repo.delete_all(Tag)
+        verb(repo)
+    assert inside.words == ["BEGIN", "DELETE", word, "COMMIT"]
+
+
+def test_a_graph_is_one_statement_for_each_table(repo: type[Repo], sent: Any, rows: None) -> None:
+    """Parents, children and what is between them, in one transaction; each table's rows in one round trip."""
+    tags = [Tag(label=f"t{n}") for n in range(20)]
+    with sent() as graph:
+        repo.insert(User(name="B", posts=[Post(title=str(n), tags=tags[n:]) for n in range(20)]))
+    words = graph.words
+    assert words[0] == "BEGIN"
+    assert words[-1] == "COMMIT"
+    tables = [statement.split()[2] for statement in graph.statements if statement.startswith("INSERT")]
+    assert [tables.count(table) for table in ("users", "posts", "tags")] == [1, 1, 1]
+    # Sent one after the other without waiting: psycopg's pipeline.
+    assert tables.count("post_tags") == 210
+
+
+def test_a_held_connection_sends_nothing_of_its_own(repo: type[Repo], sent: Any, rows: None) -> None:
+    """Only its end does: what a borrower may have left behind is reset, once."""
+    with sent() as held, repo.connection() as connection:
+        connection.execute(text("SELECT 1"))
+        repo.get(User, 1)
+        with repo.transaction():
+            repo.count(User)
+        repo.insert(Tag(label="x"))
+    assert held.words == ["SELECT", "SELECT", "BEGIN", "SELECT", "COMMIT", "INSERT", "RESET"]
+
+
+def test_a_plan_is_undone(repo: type[Repo], sent: Any, rows: None) -> None:
+    """The transaction around it, or the savepoint in an open one, is rolled back."""
+    with sent() as alone:
+        repo.explain(User)
+    assert alone.words == ["BEGIN", "EXPLAIN", "ROLLBACK", "RESET"]
+    with sent() as inside, repo.transaction():
+        repo.explain(User)
+    assert inside.words == ["BEGIN", "SAVEPOINT", "EXPLAIN", "ROLLBACK", "COMMIT", "RESET"]
+
+
+def test_call_options_send_nothing(repo: type[Repo], sent: Any, rows: None) -> None:
+    """They are kept on this side."""
+    with sent() as read, repo.call_options(timeout=30.0, tags={"a": 1}, execution_options={"b": 2}):
+        repo.get(User, 1)
+    assert read.words == ["SELECT"]
 
 
 def test_a_child_of_a_stored_parent_is_one_statement(repo: type[Repo], sent: Any, rows: None) -> None:
