@@ -70,8 +70,7 @@ class Databases:
 
     def resolve(self, choice: Choice | None) -> Database:
         """Turn a choice into the database it means, the same one every time."""
-        found = self._resolved.get(choice)
-        return self._remember(choice) if found is None else found
+        return self._resolved.get(choice) or self._remember(choice)
 
     def _remember(self, choice: Choice | None) -> Database:
         database = self.config.locate(choice)
@@ -86,7 +85,8 @@ class Databases:
     @property
     def current(self) -> Database:
         """The database that a verb would use now."""
-        return self.resolve(self.context.choice)
+        choice = self.context.choice
+        return self._resolved.get(choice) or self._remember(choice)
 
     def named(self, given: Chosen, options: Mapping[str, Any]) -> Database:
         """The database that *given* or *options* mean, the current one if there are neither."""

@@ -35,7 +35,7 @@ from .housekeeper import Housekeeper
 from .ledger import Ledger
 from .listeners import Listeners
 from .pool import Books, LedgerPool, close, perform
-from .session import check_parameters
+from .session import check_parameter
 from .stats import Stats
 
 # An engine without connections costs about 10 KiB and 0.1 ms to make again.
@@ -157,7 +157,9 @@ def _check_home(cursor: Any, context: Any) -> None:
         # None of a statement that is compiled anew every time, as an INSERT of several rows is.
         taken = context.extracted_parameters
         given = context.compiled.binds.values() if taken is None else taken
-        check_parameters(given, cursor.connection.database.home)
+        for parameter in given:
+            if parameter.callable is not None:
+                check_parameter(parameter, cursor.connection.database.home)
 
 
 registry.register("postgresql.shardrepo", __name__, "SharedDialect")

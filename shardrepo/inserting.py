@@ -7,9 +7,11 @@ sent as SQLAlchemy does it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from typing import Any, Final, Literal, TypeAlias
 
 from sqlalchemy import (
@@ -62,11 +64,14 @@ MAX_PARAMETERS: Final = 65_535
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows with the same keys, and their places among the rows that they were given with."""
+    """Rows with the same keys: their cells in the order of those, and their places among the rows that were given."""
 
     names: tuple[str, ...]
-    rows: Sequence[Row]
+    rows: list[tuple[Any, ...]]
     places: Sequence[int]
+
+    def __iter__(self) -> Iterator[Row]:
+        return (dict(zip(self.names, row, strict=True)) for row in self.rows)
 
 
 class Insertion:
@@ -155,9 +160,9 @@ class Insertion:
         """Insert a batch; returns how many rows were written, and what they return."""
         if not self.destination.is_one_table:
             return _insert_joined(session, self, batch)
-        values, number = _completed(self.destination, batch), len(batch.rows)
         if self._via == "copy":
-            return _copy(session, self.destination, values, number), []
+            return _copy(session, self.destination, batch), []
+        values, number = _completed(self.destination, batch), len(batch.rows)
         if number > 1 and (arrays := _arrays(session, values)):
             try:
                 return _insert_arrays(session, self, *arrays)
@@ -179,30 +184,38 @@ def _chunks(destination: Destination, rows: Iterable[Row]) -> Iterator[list[Batc
     """The rows, so many at a time, in batches with the same keys."""
     waiting, start = iter(rows), 0
     while chunk := list(islice(waiting, CHUNK)):
-        orders: dict[tuple[str, ...], tuple[list[Row], list[int]]] = {}
-        for place, row in enumerate(chunk, start):
-            if not isinstance(row, Mapping):
-                raise TypeError(f"insert_all() takes mappings by column, not {row!r}: insert() takes objects")
-            members, places = orders.setdefault(tuple(row), ([], []))
-            members.append(row)
-            places.append(place)
-        yield list(_batches(destination, orders))
+        for kind in set(map(type, chunk)):
+            if not issubclass(kind, Mapping):
+                wrong = next(row for row in chunk if type(row) is kind)
+                raise TypeError(f"insert_all() takes mappings by column, not {wrong!r}: insert() takes objects")
+        yield _batches(destination, chunk, start)
         start += len(chunk)
 
 
-def _batches(
-    destination: Destination, orders: Mapping[tuple[str, ...], tuple[list[Row], list[int]]]
-) -> Iterator[Batch]:
+def _batches(destination: Destination, chunk: Sequence[Row], start: int) -> list[Batch]:
     """Batches of rows whose keys are the same, in whatever order."""
-    merged: dict[frozenset[str], Batch] = {}
-    for names, (rows, places) in orders.items():
-        same = merged.get(frozenset(names))
-        if same is None:
+    names = tuple(chunk[0])
+    if set(map(len, chunk)) == {len(names)}:
+        with suppress(KeyError):
+            rows = list(map(_cells_of(names), chunk))
             destination.check(names)
-            merged[frozenset(names)] = Batch(names, rows, places)
-        else:
-            merged[frozenset(names)] = Batch(same.names, [*same.rows, *rows], [*same.places, *places])
-    yield from merged.values()
+            return [Batch(names, rows, range(start, start + len(chunk)))]
+    merged: dict[frozenset[str], tuple[Batch, list[int]]] = {}
+    for place, row in enumerate(chunk, start):
+        if frozenset(row) not in merged:
+            destination.check(row)
+            places: list[int] = []
+            merged[frozenset(row)] = Batch(tuple(row), [], places), places
+        batch, places = merged[frozenset(row)]
+        batch.rows.append(tuple(row[name] for name in batch.names))
+        places.append(place)
+    return [batch for batch, _ in merged.values()]
+
+
+def _cells_of(names: Sequence[str]) -> Callable[[Row], tuple[Any, ...]]:
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda row: tuple(row[name] for name in names)
 
 
 class _Given:
@@ -215,16 +228,20 @@ class _Given:
         return self.current_parameters
 
 
-def _completed(destination: Destination, batch: Batch) -> dict[Column[Any], list[Any]]:
-    """The values of each column that rows give, that is the same for all of them, or that Python computes."""
-    values = {destination.columns[name]: [row[name] for row in batch.rows] for name in batch.names}
+def _completed(destination: Destination, batch: Batch, *, scalars: bool = False) -> dict[Column[Any], list[Any]]:
+    """The values of each column that rows give, that Python computes, or that is the same for all of them: *scalars*
+    too, which SQLAlchemy puts into its own statements."""
+    given = map(list, zip(*batch.rows, strict=True)) if batch.names else ()
+    values = dict(zip((destination.columns[name] for name in batch.names), given, strict=True))
     for column in destination.table.columns:
         if column in values:
             continue
         if column.key in destination.constants:
             values[column] = [destination.constants[column.key]] * len(batch.rows)
         elif (default := column.default) is not None and default.is_callable:
-            values[column] = [default.arg(_Given(row)) for row in batch.rows]  # type: ignore[attr-defined]  # a callable's
+            values[column] = [default.arg(_Given(row)) for row in batch]  # type: ignore[attr-defined]  # a callable's
+        elif scalars and default is not None:
+            values[column] = [default.arg] * len(batch.rows)  # type: ignore[attr-defined]  # a scalar's
     return values
 
 
@@ -232,9 +249,14 @@ def _processed(values: Mapping[Column[Any], list[Any]], dialect: Dialect) -> dic
     """The same as the driver takes them."""
     processed = {}
     for column, given in values.items():
-        processor = column.type.dialect_impl(dialect).bind_processor(dialect)
+        processor = _processor(column, dialect)
         processed[column] = given if processor is None else [processor(value) for value in given]
     return processed
+
+
+def _processor(column: Column[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
+    """What makes a value of a column one of the driver's; None where it is one already."""
+    return column.type.dialect_impl(dialect).bind_processor(dialect)
 
 
 def _arrays(
@@ -297,7 +319,7 @@ def _insert_arrays(
 
 def _insert_joined(session: HomeSession, insertion: Insertion, batch: Batch) -> tuple[int, list[Any]]:
     """Insert rows of which each goes to several tables."""
-    session.execute(sql_insert(insertion.destination.entity), [dict(row) for row in batch.rows])
+    session.execute(sql_insert(insertion.destination.entity), list(batch))
     return len(batch.rows), []
 
 
@@ -346,21 +368,30 @@ def _written(session: HomeSession, insertion: Insertion, statement: Any, paramet
 _COUNTED: Final = {"preserve_rowcount": True}
 
 
-def _copy(session: HomeSession, destination: Destination, values: Mapping[Column[Any], list[Any]], number: int) -> int:
+def _copy(session: HomeSession, destination: Destination, batch: Batch) -> int:
     connection = session.connection()
-    sent = _processed(values, connection.dialect)
-    for column in destination.table.columns:
-        default = column.default
-        if default is None or column in sent:
-            continue
-        if not default.is_scalar:
-            raise ValueError(f"{column} has a default that is SQL, which via='copy' cannot send: give a value for it")
-        sent[column] = [default.arg] * number  # type: ignore[attr-defined]  # a scalar's
-    if not sent:
-        raise ValueError("via='copy' needs a column: use via='insert' for rows that are all defaults")
+    columns, rows = _copied(destination, batch, connection.dialect)
     preparer = connection.dialect.identifier_preparer
-    columns = ", ".join(preparer.format_column(column) for column in sent)
+    names = ", ".join(preparer.format_column(column) for column in columns)
     # It doubles percents, for a driver that looks for parameters.
-    statement = f"COPY {preparer.format_table(destination.table)} ({columns}) FROM STDIN".replace("%%", "%")
-    options = {"no_parameters": True, COPIED_ROWS: zip(*sent.values(), strict=True)}
+    statement = f"COPY {preparer.format_table(destination.table)} ({names}) FROM STDIN".replace("%%", "%")
+    options = {"no_parameters": True, COPIED_ROWS: rows}
     return connection.exec_driver_sql(statement, execution_options=options).rowcount
+
+
+def _copied(
+    destination: Destination, batch: Batch, dialect: Dialect
+) -> tuple[Sequence[Column[Any]], Iterable[Sequence[Any]]]:
+    """The columns that a COPY names, and the rows as the driver takes them."""
+    given = [destination.columns[name] for name in batch.names]
+    others = [column for column in destination.table.columns if column not in given]
+    for column in others:
+        if not (column.default is None or column.default.is_scalar or column.default.is_callable):
+            raise ValueError(f"{column} has a default that is SQL, which via='copy' cannot send: give a value for it")
+    computed = any(column.default is not None or column.key in destination.constants for column in others)
+    if given and not computed and not any(_processor(column, dialect) for column in given):
+        return given, batch.rows
+    values = _processed(_completed(destination, batch, scalars=True), dialect)
+    if not values:
+        raise ValueError("via='copy' needs a column: use via='insert' for rows that are all defaults")
+    return list(values), zip(*values.values(), strict=True)

@@ -151,16 +151,15 @@ def check_graph(states: Iterable[InstanceState[Any]], home: str) -> None:
                 check_home(state_of(target), home)
 
 
-def check_parameters(parameters: Iterable[BindParameter[Any]], home: str) -> None:
-    """Raise `WrongDatabaseError` if one of *parameters* is the key of an object of another database.
+def check_parameter(parameter: BindParameter[Any], home: str) -> None:
+    """Raise `WrongDatabaseError` if a parameter is the key of an object of another database.
 
     ``Post.author == user`` asks by the user's key, which in another database is the key of somebody else.
     """
-    for parameter in parameters:
-        for cell in getattr(parameter.callable, "__closure__", None) or ():
-            asked_by = cell.cell_contents
-            if isinstance(asked_by, InstanceState) and _home(asked_by) is not None:
-                check_home(asked_by, home)
+    for cell in getattr(parameter.callable, "__closure__", None) or ():
+        asked_by = cell.cell_contents
+        if isinstance(asked_by, InstanceState) and _home(asked_by) is not None:
+            check_home(asked_by, home)
 
 
 def load_object(mapper: Mapper[Any], values: Iterable[tuple[str, Any]], home: str) -> Any:
