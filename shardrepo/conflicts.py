@@ -16,7 +16,7 @@ from .errors import unknown
 Named: TypeAlias = str | InstrumentedAttribute[Any] | Column[Any]
 Values: TypeAlias = Mapping[Any, Any]
 OnConflict: TypeAlias = (
-    Literal["raise", "nothing", "replace"] | Iterable[Named] | Values | Callable[[Any], Mapping[Any, Any]]
+    Literal["raise", "nothing", "replace"] | Named | Iterable[Named] | Values | Callable[[Any], Mapping[Any, Any]]
 )
 Target: TypeAlias = Named | Iterable[Named] | Index | Constraint
 Where: TypeAlias = ColumnElement[bool] | Callable[[Any], ColumnElement[bool]]
@@ -49,6 +49,8 @@ class Conflict:
         Raises:
             ValueError: It contradicts itself, or names no column.
         """
+        if isinstance(action, InstrumentedAttribute | Column):
+            action = [action]
         if isinstance(action, str) and action not in _WORDS:
             raise ValueError(f"{unknown('on_conflict', action, _WORDS)}; or give columns, a mapping or a callable")
         if action in ("raise", "nothing") and where is not None:
@@ -82,7 +84,8 @@ class Conflict:
         return statement.on_conflict_do_update(**self.target, set_=self._set(statement.excluded), where=where)
 
     def _set(self, excluded: Any) -> dict[str, Any]:
-        action, column = self.action, self.destination.column
+        action: Any = self.action
+        column = self.destination.column
         if action == "replace":
             given = {each: excluded[each.key] for each in self._replaced()}
         elif callable(action) or isinstance(action, Mapping):

@@ -77,6 +77,13 @@ class Batch:
 class Insertion:
     """Rows on their way into a table, taken from where they come from a chunk at a time.
 
+    Attributes:
+        destination: The table.
+        source: The query that gives the rows, where it is one.
+        conflict: What to do about a row that is there already; None to raise.
+        returning: What to return of each row.
+        is_one_statement: Whether one statement inserts everything, unless `run` finds that it takes several.
+
     Raises:
         TypeError: The rows are no mappings.
         ValueError: A row has a key that is no column, or the options contradict each other.
@@ -97,11 +104,13 @@ class Insertion:
             destination.column(each)
         self.source = source if isinstance(source, Select) else None
         self._via = via
-        self._by_rows = False
         self._check_options()
         self._chunks = iter(()) if isinstance(source, Select) else _chunks(destination, source)
         # The first two are taken at once: to know whether there are any, and whether one statement is enough.
         self._ahead = list(islice(self._chunks, 2))
+        self.is_one_statement = destination.is_one_table and (
+            self.source is not None or [len(batches) for batches in self._ahead] == [1]
+        )
 
     def _check_options(self) -> None:
         if self._via not in ("insert", "copy"):
@@ -126,13 +135,6 @@ class Insertion:
     def is_empty(self) -> bool:
         """Whether there is nothing to insert."""
         return self.source is None and not self._ahead
-
-    @property
-    def is_one_statement(self) -> bool:
-        """Whether one statement inserts everything, unless `run` finds that it takes several."""
-        if self.source is not None:
-            return self.destination.is_one_table
-        return self.destination.is_one_table and len(self._ahead) == len(self._ahead[0]) == 1 and not self._by_rows
 
     def nothing(self) -> BulkResult:
         """The result where there was nothing to insert."""
@@ -171,7 +173,7 @@ class Insertion:
                 if getattr(error.orig, "sqlstate", None) is not None:
                     raise
         if number > 1 and self.is_one_statement:
-            self._by_rows = True
+            self.is_one_statement = False
             raise SeveralStatementsError
         return _insert_rows(session, self, values, number)
 

@@ -434,7 +434,8 @@ class Repo:
             ValueError: The object is stored already, or the options contradict each other or name no column.
             WrongDatabaseError: It, or an object that it refers to, belongs to another database.
         """
-        conflict = Conflict.of(Destination.of(type(obj)), on_conflict, conflict_target, where)
+        plain = isinstance(on_conflict, str) and on_conflict == "raise" and conflict_target is None and where is None
+        conflict = None if plain else Conflict.of(Destination.of(type(obj)), on_conflict, conflict_target, where)
         if conflict is not None:
             return cls._router.upsert(obj, conflict)
         cls._router.insert(obj)

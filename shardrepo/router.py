@@ -164,9 +164,8 @@ class Router:
 
     def upsert(self, obj: T, conflict: Conflict) -> T | None:
         """Insert *obj*, or do what *conflict* says; None where that is nothing, and *obj* is as it was."""
-        written: list[bool] = []
-        self._write("insert", lambda session, obj: written.append(writing.upsert(session, obj, conflict)), obj)
-        return obj if written[0] else None
+        written = self._write("insert", lambda session, obj: writing.upsert(session, obj, conflict), obj)
+        return obj if written else None
 
     def update(self, obj: Any, changes: Mapping[str, Any]) -> None:
         """Set attributes and write them; if that fails, everything is as it was."""
@@ -187,10 +186,11 @@ class Router:
     def _write(
         self,
         operation: str,
-        verb: Callable[[HomeSession, Any], None],
+        verb: Callable[[HomeSession, Any], bool],
         obj: Any,
         changes: Mapping[str, Any] = _EMPTY,
-    ) -> None:
+    ) -> bool:
+        """Run a verb that writes *obj* and says whether it has; if it has not, *obj* is as it was."""
         self.check_writable(operation)
         database = self.databases.current
         deleting = verb is writing.delete
@@ -202,8 +202,11 @@ class Router:
             ):
                 if writing.is_single_statement(session, obj, deleting=deleting):
                     autocommit(connection)
-                verb(session, obj)
+                written = verb(session, obj)
                 session.commit()
+            if not written:
+                snapshot.restore()
+            return written
         except BaseException as error:
             snapshot.restore()
             if isinstance(error, StaleDataError):

@@ -1,7 +1,7 @@
 """What the verbs that write do, as plain functions of a session.
 
 None of them knows a repo, chooses a database or begins a transaction: a session of the right database
-comes in, and the flush is left to it.
+comes in, and the flush is left to it. Each says whether it has written the object, or that it is as it should be.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .errors import unknown
 from .session import HomeSession, check_graph, graph, state_of, write_by_key
 
 
-def insert(session: HomeSession, obj: object) -> None:
-    _flush(session, _new(obj))
+def insert(session: HomeSession, obj: object) -> bool:
+    return _flush(session, _new(obj))
 
 
 def upsert(session: HomeSession, obj: object, conflict: Conflict) -> bool:
@@ -66,14 +66,14 @@ def _check_alone(state: InstanceState[Any]) -> None:
         )
 
 
-def update(session: HomeSession, obj: object, changes: Mapping[str, Any]) -> None:
+def update(session: HomeSession, obj: object, changes: Mapping[str, Any]) -> bool:
     state = _stored(obj, "update")
     for name, value in changes.items():
         setattr(obj, name, value)
-    _flush(session, state)
+    return _flush(session, state)
 
 
-def delete(session: HomeSession, obj: object) -> None:
+def delete(session: HomeSession, obj: object) -> bool:
     states = list(graph(_stored(obj, "delete")))
     check_graph(states, session.home)
     put_back = [write_by_key(state) for state in states]
@@ -84,6 +84,7 @@ def delete(session: HomeSession, obj: object) -> None:
         session.flush()
     for reference in put_back:
         reference()
+    return True
 
 
 def check_changes(obj: object, changes: Mapping[str, Any]) -> None:
@@ -149,7 +150,7 @@ def _is_quiet(state: InstanceState[Any], relationship: Any, deleting: bool) -> b
     return not value and relationship.key not in state.committed_state
 
 
-def _flush(session: HomeSession, state: InstanceState[Any]) -> None:
+def _flush(session: HomeSession, state: InstanceState[Any]) -> bool:
     states = list(graph(state))
     check_graph(states, session.home)
     for each in states:
@@ -162,6 +163,7 @@ def _flush(session: HomeSession, state: InstanceState[Any]) -> None:
     session.flush()
     for reference in put_back:
         reference()
+    return True
 
 
 def _new(obj: object) -> InstanceState[Any]:

@@ -165,6 +165,17 @@ def test_values_of_several_types_in_one_column(repo: type[Repo], sql: SQL) -> No
     assert sql("SELECT count(*), sum(age) FROM users") == [(4, 4)]
 
 
+def test_a_late_chunk_that_fits_no_array_costs_no_earlier_one(
+    repo: type[Repo], sql: SQL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row of every chunk is stored, whichever of them has to be sent in another way."""
+    monkeypatch.setattr(inserting, "CHUNK", 10)
+    for odd in range(45):
+        rows = [{"name": f"{odd}.{n}", "age": True if n == odd else n} for n in range(45)]
+        assert repo.insert_all(User, rows).count == 45
+        assert repo.delete_all(User).count == 45
+
+
 def test_what_is_too_long_is_refused_and_never_cut(repo: type[Repo], sql: SQL) -> None:
     """A value that its column has no room for is an error, not its beginning."""
     for via in ("insert", "copy"):

@@ -62,6 +62,18 @@ def test_nothing_is_none_and_leaves_the_object_alone(repo: type[Repo], sql: SQL,
     assert repo.get_one(User, user.id).name == "B"
 
 
+def test_nothing_leaves_a_reference_to_a_parent_alone(repo: type[Repo], ada: None) -> None:
+    """Also the key that would have been written for it."""
+    user = repo.get_one(User, 1)
+    repo.insert(Post(id=1, title="there"))
+    post = Post(id=1, title="x", author=user)
+    before = picture(post)
+    assert repo.insert(post, on_conflict="nothing") is None
+    assert picture(post) == before
+    assert post.author is user
+    assert post.author_id is None
+
+
 def test_nothing_about_one_target_raises_about_another(repo: type[Repo], ada: None) -> None:
     """Only the conflict that is named is passed over."""
     with pytest.raises(ConstraintError, match="users_email_key"):
@@ -80,6 +92,7 @@ def test_replace_is_all_that_an_insert_would_have_written(repo: type[Repo], sql:
 ACTIONS: dict[str, tuple[Any, tuple[str, int, str]]] = {
     "a column": ([User.age], ("Ada", 9, "London")),
     "names": (["age", "name"], ("New", 9, "London")),
+    "a column alone": (User.age, ("Ada", 9, "London")),
     "a mapping": ({"age": 1, User.city: "Bern"}, ("Ada", 1, "Bern")),
     "a mapping of SQL": ({User.age: User.age + 1}, ("Ada", 37, "London")),
     "a callable": (lambda excluded: {"age": User.age + excluded.age}, ("Ada", 45, "London")),
