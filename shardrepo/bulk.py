@@ -16,7 +16,7 @@ from sqlalchemy.types import TypeEngine
 
 from .destination import Destination
 from .reading import selected, with_criteria
-from .returning import BulkResult, Returning, returned
+from .returning import BulkResult, Returning, returned, wanted
 from .session import HomeSession, key_names
 
 
@@ -117,9 +117,10 @@ def _everywhere(
     where = _where(destination, chosen)
     if where is not None:
         statement = statement.where(where)
-    if not returning:
+    asked = wanted(destination, returning)
+    if asked is None:
         return BulkResult(session.execute(statement).rowcount, None)  # type: ignore[attr-defined]  # a CursorResult
-    rows = returned(session, destination, statement, returning)
+    rows = returned(session, destination, statement, asked)
     return BulkResult(len(rows), rows)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self, TypeAlias
+from typing import Any, Final, Literal, Self, TypeAlias, cast
 
 from sqlalchemy import Column, ColumnElement, Constraint, Index, Integer
 from sqlalchemy.dialects.postgresql import Insert
@@ -12,6 +12,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from .destination import Destination
 from .errors import unknown
+from .session import is_written
 
 Named: TypeAlias = str | InstrumentedAttribute[Any] | Column[Any]
 Values: TypeAlias = Mapping[Any, Any]
@@ -31,13 +32,13 @@ class Conflict:
     Attributes:
         destination: Where the row goes.
         target: SQLAlchemy's arguments that say with what it is a conflict.
-        action: "nothing", or what to set.
+        values: Makes what to write, by column, of the row that would have been inserted; None to write nothing.
         where: Which of the rows that are there are to be written.
     """
 
     destination: Destination
     target: Mapping[str, Any]
-    action: OnConflict
+    values: Callable[[Any], Values] | None
     where: Where | None
 
     @classmethod
@@ -49,70 +50,69 @@ class Conflict:
         Raises:
             ValueError: It contradicts itself, or names no column.
         """
-        if isinstance(action, InstrumentedAttribute | Column):
-            action = [action]
-        if isinstance(action, str) and action not in _WORDS:
-            raise ValueError(f"{unknown('on_conflict', action, _WORDS)}; or give columns, a mapping or a callable")
-        if action in ("raise", "nothing") and where is not None:
-            raise ValueError(f"where= says which rows to write, and on_conflict={action!r} writes none")
-        if action == "raise":
+        word = action if isinstance(action, str) else None
+        if word is not None and word not in _WORDS:
+            raise ValueError(f"{unknown('on_conflict', word, _WORDS)}; or give columns, a mapping or a callable")
+        if word in ("raise", "nothing") and where is not None:
+            raise ValueError(f"where= says which rows to write, and on_conflict={word!r} writes none")
+        if word == "raise":
             if target is not None:
-                raise ValueError(
-                    "conflict_target= means nothing with on_conflict='raise': say what to do on a conflict"
-                )
+                raise ValueError("conflict_target= means nothing with on_conflict='raise': say what to do instead")
             return None
         if not destination.is_one_table:
-            raise ValueError(
-                f"{destination.name} is stored in several tables, where ON CONFLICT concerns one: insert it"
-            )
-        if not (isinstance(action, str) or callable(action)):
-            action = action if isinstance(action, Mapping) else list(action)
-            for name in action:
-                destination.column(name)
-            if not action:
-                raise ValueError("on_conflict= names no column to write: say 'nothing' to leave the row as it is")
+            raise ValueError(f"{destination.name} is stored in several tables, and ON CONFLICT is about one: insert it")
         found = _target(destination, target)
-        if not found and action != "nothing":
+        if not found and word != "nothing":
             raise ValueError("conflict_target= is missing: name the columns or the constraint whose conflict is meant")
-        return cls(destination, found, action, where)
+        return cls(destination, found, _values(destination, found, action), where)
 
     def apply(self, statement: Insert) -> Insert:
         """*statement*, with this ON CONFLICT."""
-        if self.action == "nothing":
+        if self.values is None:
             return statement.on_conflict_do_nothing(**self.target)
+        given = {self.destination.column(name).key: value for name, value in self.values(statement.excluded).items()}
         where = self.where(statement.excluded) if callable(self.where) else self.where
-        return statement.on_conflict_do_update(**self.target, set_=self._set(statement.excluded), where=where)
-
-    def _set(self, excluded: Any) -> dict[str, Any]:
-        action: Any = self.action
-        column = self.destination.column
-        if action == "replace":
-            given = {each: excluded[each.key] for each in self._replaced()}
-        elif callable(action) or isinstance(action, Mapping):
-            said = action(excluded) if callable(action) else action
-            given = {column(name): value for name, value in said.items()}
-        else:
-            given = {column(name): excluded[column(name).key] for name in action}
-        return self._counted({each.key: value for each, value in given.items()})
-
-    def _replaced(self) -> Iterable[Column[Any]]:
-        """All columns, as an INSERT would have left them; without those by which the row was found."""
-        found_by = set(self.target.get("index_elements", ()))
-        for column in self.destination.table.columns:
-            computed = column.computed is not None or (column.identity is not None and column.identity.always)
-            if not (column.primary_key or computed or column in found_by):
-                yield column
+        return statement.on_conflict_do_update(**self.target, set_=self._counted(given), where=where)
 
     def _counted(self, given: dict[str, Any]) -> dict[str, Any]:
         """The same with the next version, where rows are counted and it is not said."""
         version = self.destination.version
-        if version is None or (version.key in given and self.action != "replace"):
+        if version is None or version.key in given:
             return given
         if not isinstance(version.type, Integer):
             raise ValueError(  # noqa: TRY004  # of a column, not of an argument
                 f"on_conflict= leaves {version} open, which tells versions apart: say what it becomes"
             )
         return {**given, version.key: version + 1}
+
+
+def _values(destination: Destination, target: Mapping[str, Any], action: Any) -> Callable[[Any], Values] | None:
+    """What *action* comes down to."""
+    if isinstance(action, str):
+        replaced = _replaced(destination, target.get("index_elements", ()))
+        return None if action == "nothing" else lambda excluded: {each: excluded[each.key] for each in replaced}
+    if callable(action):
+        return cast("Callable[[Any], Values]", action)
+    given = action if isinstance(action, Mapping) else _names(action)
+    columns = [destination.column(name) for name in given]
+    if not columns:
+        raise ValueError("on_conflict= names no column to write: say 'nothing' to leave the row as it is")
+    if isinstance(given, Mapping):
+        return lambda _: given
+    return lambda excluded: {each: excluded[each.key] for each in columns}
+
+
+def _replaced(destination: Destination, found_by: Collection[Column[Any]]) -> list[Column[Any]]:
+    """All columns, as an INSERT would have left them; without those by which the row was found, and its version."""
+    return [
+        column
+        for column in destination.table.columns
+        if not (column.primary_key or column is destination.version or column in found_by) and is_written(column)
+    ]
+
+
+def _names(named: Any) -> list[Any]:
+    return [named] if isinstance(named, str | InstrumentedAttribute | Column) else list(named)
 
 
 def _target(destination: Destination, target: Target | None) -> dict[str, Any]:
@@ -127,8 +127,7 @@ def _target(destination: Destination, target: Target | None) -> dict[str, Any]:
         if target in named:
             return {"constraint": named[target]}
         return {"constraint": target}
-    names: Iterable[Any] = [target] if isinstance(target, str | InstrumentedAttribute | Column) else target
-    elements = [destination.column(name) for name in names]
+    elements = [destination.column(name) for name in _names(target)]
     if not elements:
         raise ValueError("conflict_target= names no column: leave it out, or name some")
     return {"index_elements": elements}

@@ -64,6 +64,8 @@ class Destination:
 
     def column(self, named: object) -> Column[Any]:
         """The column that an attribute, a column or a name means; `ValueError` if it is none of these."""
+        if isinstance(named, Column) and named.table is self.table:
+            return named
         name = named.key if isinstance(named, QueryableAttribute | Column) else named
         column = self.columns.get(name) if isinstance(name, str) else None
         if column is None:

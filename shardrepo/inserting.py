@@ -48,7 +48,7 @@ from .calls import COPIED_ROWS
 from .conflicts import Conflict
 from .destination import Destination
 from .reading import with_criteria
-from .returning import BulkResult, Returning, listed, returned
+from .returning import BulkResult, Returning, Wanted, returned, wanted
 from .session import HomeSession
 
 Row: TypeAlias = Mapping[str, Any]
@@ -81,7 +81,7 @@ class Insertion:
         destination: The table.
         source: The query that gives the rows, where it is one.
         conflict: What to do about a row that is there already; None to raise.
-        returning: What to return of each row.
+        wanted: What to return of each row.
         is_one_statement: Whether one statement inserts everything, unless `run` finds that it takes several.
 
     Raises:
@@ -99,9 +99,7 @@ class Insertion:
     ) -> None:
         self.destination = destination
         self.conflict = conflict
-        self.returning = returning
-        for each in () if returning is True or not returning else listed(returning):
-            destination.column(each)
+        self.wanted: Wanted = wanted(destination, returning)
         self.source = source if isinstance(source, Select) else None
         self._via = via
         self._check_options()
@@ -115,12 +113,12 @@ class Insertion:
     def _check_options(self) -> None:
         if self._via not in ("insert", "copy"):
             raise ValueError(f"via={self._via!r} is no way to send rows: say 'insert' or 'copy'")
-        if self.returning and not self.destination.is_one_table:
+        if self.wanted is not None and not self.destination.is_one_table:
             raise ValueError(f"{self.destination.name} is stored in several tables, and returning= returns of one")
         if self._via == "copy":
             if self.source is not None:
                 raise ValueError("via='copy' sends rows of yours, and a select() gives the server's own: leave it out")
-            if self.conflict is not None or self.returning:
+            if self.conflict is not None or self.wanted is not None:
                 raise ValueError("via='copy' knows neither on_conflict= nor returning=: use via='insert'")
             if not self.destination.is_one_table:
                 raise ValueError(f"{self.destination.name} is stored in several tables, and via='copy' writes one")
@@ -138,7 +136,7 @@ class Insertion:
 
     def nothing(self) -> BulkResult:
         """The result where there was nothing to insert."""
-        return BulkResult(0, [] if self.returning else None)
+        return BulkResult(0, None if self.wanted is None else [])
 
     def run(self, session: HomeSession) -> BulkResult:
         """Insert everything; `SeveralStatementsError`, before anything is sent, if one is not enough after all."""
@@ -156,7 +154,7 @@ class Insertion:
                     found.sort(key=lambda each: each[0])
                 returned += [row for _, row in found]
             self._ahead = list(islice(self._chunks, 1))
-        return BulkResult(count, returned if self.returning else None)
+        return BulkResult(count, None if self.wanted is None else returned)
 
     def _insert(self, session: HomeSession, batch: Batch) -> tuple[int, list[Any]]:
         """Insert a batch; returns how many rows were written, and what they return."""
@@ -313,7 +311,7 @@ def _insert_arrays(
     names = [f"cell_{n}" for n in range(len(types))]
     cells = func.unnest(*arrays).table_valued(*names, with_ordinality="place").render_derived("given")
     given = select(*(cells.c[name] for name in names))
-    if insertion.returning:
+    if insertion.wanted is not None:
         given = given.order_by(cells.c.place)
     statement = insertion.statement.from_select([column.key for column in values], given)
     return _written(session, insertion, statement, {f"array_{n}": each for n, each in enumerate(values.values())})
@@ -331,7 +329,7 @@ def _insert_rows(
     """Insert rows as SQLAlchemy does it: one statement for each, or as many values in one as there may be."""
     keys = [column.key for column in values]
     rows = [dict(zip(keys, row, strict=True)) for row in zip(*values.values(), strict=True)] or [{}] * number
-    if not insertion.returning:
+    if insertion.wanted is None:
         return _written(session, insertion, insertion.statement, rows if number > 1 else rows[0])
     count, returned = 0, []
     size = MAX_PARAMETERS // len(insertion.destination.table.columns)
@@ -356,12 +354,12 @@ def _insert_selected(session: HomeSession, insertion: Insertion, source: Select[
     keys = [destination.columns[name].key for name in names]
     statement = with_criteria(insertion.statement.from_select([*keys, *fixed], chosen), chosen)
     count, rows = _written(session, insertion, statement, {})
-    return BulkResult(count, rows if insertion.returning else None)
+    return BulkResult(count, None if insertion.wanted is None else rows)
 
 
 def _written(session: HomeSession, insertion: Insertion, statement: Any, parameters: Any) -> tuple[int, list[Any]]:
-    if insertion.returning:
-        rows = returned(session, insertion.destination, statement, insertion.returning, parameters)
+    if insertion.wanted is not None:
+        rows = returned(session, insertion.destination, statement, insertion.wanted, parameters)
         return len(rows), rows
     return session.execute(statement, parameters, execution_options=_COUNTED).rowcount, []  # type: ignore[attr-defined]  # a CursorResult
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, cast, get_args
 
 from sqlalchemy import Dialect, Executable, Select, text
 from sqlalchemy.ext.compiler import compiles
@@ -61,7 +61,7 @@ def to_sql(session: HomeSession, query: Any, dialect: Dialect, *, literal_binds:
     compiled = _statement(session, query).compile(
         dialect=dialect, compile_kwargs={"literal_binds": True} if literal_binds else {"render_postcompile": True}
     )
-    return str(compiled), {} if literal_binds else dict(compiled.params)
+    return str(compiled), {} if literal_binds else dict(cast("Mapping[str, Any]", compiled.params))
 
 
 def _statement(session: HomeSession, query: Any) -> ClauseElement:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from sqlalchemy import Column, select
 from sqlalchemy.orm import InstrumentedAttribute
@@ -15,6 +15,9 @@ from .session import HomeSession
 
 Named: TypeAlias = str | InstrumentedAttribute[Any] | Column[Any]
 Returning: TypeAlias = bool | Named | Sequence[Named]
+
+# The same, checked; of a `Table` "objects" are rows of all its columns.
+Wanted: TypeAlias = "Literal['objects'] | tuple[Column[Any], ...] | None"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +33,25 @@ class BulkResult:
     rows: list[Any] | None
 
 
+def wanted(destination: Destination, returning: Returning) -> Wanted:
+    """Check what is to be returned; `ValueError` for what is no column."""
+    if isinstance(returning, bool):
+        return "objects" if returning else None
+    listed: Iterable[Named] = [returning] if isinstance(returning, _ONE) else returning
+    return tuple(destination.column(each) for each in listed) or None
+
+
+_ONE: Final = (str, InstrumentedAttribute, Column)
+
+
 def returned(
-    session: HomeSession, destination: Destination, statement: Any, returning: Returning, parameters: Any = None
+    session: HomeSession, destination: Destination, statement: Any, wanted: Wanted, parameters: Any = None
 ) -> list[Any]:
     """What a statement that writes returns: objects, values of one column, or rows of several."""
-    if returning is True and destination.mapper is not None:
+    if wanted == "objects" and destination.mapper is not None:
         # As the results of a query, which know their home, where those of an ORM statement that writes do not.
-        returned = statement.returning(*destination.table.columns)
-        query: Any = select(destination.entity).from_statement(returned)
+        query: Any = select(destination.entity).from_statement(statement.returning(*destination.table.columns))
         return list(unique(session.execute(query, parameters)).scalars())
-    columns = (
-        destination.table.columns if returning is True else [destination.column(each) for each in listed(returning)]
-    )
+    columns = wanted if isinstance(wanted, tuple) else tuple(destination.table.columns)
     result = session.execute(statement.returning(*columns), parameters)
     return list(result.scalars() if len(columns) == 1 else result)
-
-
-def listed(returning: Any) -> Iterable[Any]:
-    return [returning] if isinstance(returning, str | InstrumentedAttribute | Column) else returning

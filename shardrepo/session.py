@@ -177,14 +177,14 @@ def rehome(obj: T, home: str) -> T:
     state = state_of(obj)
     copy: T = state.mapper.class_manager.new_instance()
     for prop in state.mapper.column_attrs:
-        if _is_written(prop.columns[0]) and (state.key is not None or prop.key in state.dict):
+        if is_written(prop.columns[0]) and (state.key is not None or prop.key in state.dict):
             setattr(copy, prop.key, _loaded(obj, prop.key))
     bound = state_of(copy)
     bound.identity_token = bound.info[_BOUND_FOR] = home
     return copy
 
 
-def _is_written(column: object) -> bool:
+def is_written(column: object) -> bool:
     """Whether a column takes values; what the server computes does not."""
     if not isinstance(column, Column):
         return False

@@ -109,6 +109,10 @@ def test_returning_one_column_or_name(repo: type[Repo]) -> None:
     assert repo.insert_all(Tag, [{"label": "a"}, {"label": "b"}], returning="label").rows == ["a", "b"]
     assert repo.insert_all(Tag, [{"label": "c"}], returning=Tag.id).rows == [3]
     assert repo.insert_all(Tag, [{"label": "d"}], returning=["id", "label"]).rows == [(4, "d")]
+    label = Tag.__table__.c.label
+    assert repo.insert_all(Tag, [{"label": "e"}, {"label": "f"}], returning=label).rows == ["e", "f"]
+    assert repo.update_all(select(Tag).where(Tag.id == 1), {"label": "g"}, returning=label).rows == ["g"]
+    assert repo.delete_all(select(Tag).where(Tag.id == 1), returning=[label]).rows == ["g"]
 
 
 def test_attributes_that_are_called_otherwise_than_their_columns(repo: type[Repo], sql: SQL) -> None:
