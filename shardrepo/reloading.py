@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from sqlalchemy import ColumnElement, Select, select, tuple_
+from sqlalchemy import ARRAY, ColumnElement, Select, any_, literal, select, tuple_
 from sqlalchemy.orm import (
     InstanceState,
     Mapper,
@@ -156,8 +156,8 @@ def _loaded(
     )
     targets: defaultdict[tuple[Any, ...], list[Any]] = defaultdict(list)
     for chunk in _chunks(session.prepared(statement), keys, states):
-        for *key, target in unique(session.execute(chunk)):
-            targets[tuple(key)].append(target)
+        for row in unique(session.execute(chunk)):
+            targets[row[:-1]].append(row[-1])
     for state in states:
         found = targets[_identity(state)]
         yield state.obj(), step.key, list(found) if relationship.uselist else next(iter(found), None)
@@ -186,7 +186,9 @@ def _chunks(
     for start in range(0, len(keys), CHUNK):
         chunk = keys[start : start + CHUNK]
         if len(columns) == 1:
-            yield statement.where(columns[0].in_([key for (key,) in chunk]))
+            # As one parameter: of hundreds, client and server would each read the statement for longer than it runs.
+            array = literal([key for (key,) in chunk], ARRAY(columns[0].type))
+            yield statement.where(columns[0] == any_(array))
         else:
             yield statement.where(tuple_(*columns).in_(chunk))
 

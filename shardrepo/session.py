@@ -4,7 +4,7 @@ An object's home is the ``identity_token`` of its ORM identity: the string ``ser
 row is loaded or inserted, survives detaching and pickling, and keeps equal primary keys of two databases
 apart. Here, too, is what leans on SQLAlchemy's insides (``tests/test_private_api.py``): `Snapshot` on those of
 `InstanceState`, because a failed flush leaves traces on objects that SQLAlchemy does not take back; on how a criterion
-keeps the object that it asks by; and on ``Session._merge``.
+keeps the object that it asks by; on ``Session._merge``; and on where an object has its state.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.inspection import inspect
 from sqlalchemy.orm import InstanceState, Mapper, ORMExecuteState, RelationshipDirection, Session
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
+from sqlalchemy.orm.base import DEFAULT_STATE_ATTR
 from sqlalchemy.orm.collections import collection_adapter
 from sqlalchemy.orm.exc import DetachedInstanceError
 
@@ -36,10 +37,8 @@ MANYTOONE: Final = RelationshipDirection.MANYTOONE
 
 def state_of(obj: object) -> InstanceState[Any]:
     """The ORM's state of *obj*; `TypeError` when it is not an instance of a mapped class."""
-    try:
-        state = inspect(obj)
-    except NoInspectionAvailable:
-        state = None
+    # What inspect() gives, at a tenth of its price.
+    state = getattr(obj, DEFAULT_STATE_ATTR, None)
     if not isinstance(state, InstanceState):
         raise TypeError(f"{obj!r} is not an object of a mapped class, which is what this verb takes")
     return state

@@ -21,6 +21,7 @@ from psycopg.adapt import AdaptersMap, Loader
 from sqlalchemy import create_engine, event, func, insert, select, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.inspection import inspect as inspect_mapped
 from sqlalchemy.orm import (
     InstanceState,
     LoaderCriteriaOption,
@@ -32,6 +33,7 @@ from sqlalchemy.orm import (
     with_parent,
 )
 from sqlalchemy.orm.attributes import instance_state
+from sqlalchemy.orm.base import DEFAULT_STATE_ATTR
 from sqlalchemy.orm.loading import merge_frozen_result
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool, Pool
 from sqlalchemy.pool.base import _ConnectionFairy, _ConnectionRecord
@@ -474,6 +476,13 @@ def test_a_state_keeps_all_it_has_in_known_places() -> None:
     """`Snapshot` saves `__dict__`, `committed_state` and `expired_attributes`; the other slots never change."""
     slots = {slot for base in InstanceState.__mro__ for slot in getattr(base, "__slots__", ()) if slot != "__weakref__"}
     assert slots == {"__dict__", "class_", "manager", "obj", "committed_state", "expired_attributes"}
+
+
+def test_an_object_has_its_state_where_inspect_finds_it() -> None:
+    """`DEFAULT_STATE_ATTR` names the attribute, which classes and what is not mapped lack (session.state_of)."""
+    user = User(name="Ada")
+    assert getattr(user, DEFAULT_STATE_ATTR) is inspect_mapped(user)
+    assert not hasattr(User, DEFAULT_STATE_ATTR)
 
 
 def test_a_failed_flush_changes_nothing_that_a_snapshot_does_not_save(engine: Engine) -> None:

@@ -460,3 +460,13 @@ def test_choosing_and_borrowing_send_nothing(repo: type[Repo], sent: Any, two_da
         with repo.engine().connect():
             pass
     assert nothing.words == []
+
+
+def test_however_many_keys_are_one_parameter(repo: type[Repo], rows: None, sent: Callable[[], Any]) -> None:
+    """`reload` and `preload` send one statement for any number of objects, which the server can keep prepared."""
+    for verb in (repo.reload, lambda users: repo.preload(users, User.posts)):
+        with sent() as several:
+            for count in (1, 2, 300):
+                verb([repo.load(User, {"id": key}) for key in range(1, count + 1)])
+        assert len(several.statements) == 3
+        assert len(set(several.statements)) == 1

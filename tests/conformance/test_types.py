@@ -16,12 +16,15 @@ from sqlalchemy import (
     Date,
     DateTime,
     Double,
+    ForeignKey,
     Integer,
     Interval,
     LargeBinary,
     Numeric,
+    String,
     Text,
     Time,
+    TypeDecorator,
     Uuid,
     any_,
     create_engine,
@@ -30,7 +33,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, DOMAIN, ENUM, HSTORE, INT8RANGE, JSONB, TSTZRANGE, Range
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.pool import NullPool
 
 from shardrepo import Repo
@@ -248,3 +251,79 @@ def test_an_enum_in_a_query(repo: type[Repo], typed: tuple[str, str]) -> None:
                 assert repo.get_one_by(Sample, mood=Mood.SAD).moods == [Mood.SO_SO]
                 assert repo.all_by(Sample, moods=[Mood.SO_SO])[0].mood is Mood.SAD
                 assert repo.aggregate(Sample, "max", Sample.mood) is Mood.HAPPY
+
+
+class Named(TypeDecorator[str]):
+    """Stored in another spelling."""
+
+    impl = String(20)
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: object) -> str | None:
+        return None if value is None else value.upper()
+
+    def process_result_value(self, value: str | None, dialect: object) -> str | None:
+        return None if value is None else value.lower()
+
+
+KEYS: dict[str, tuple[Any, list[Any]]] = {
+    "integer": (Integer(), [2, 1, 3]),
+    "numeric": (Numeric(10, 2), [Decimal("1.50"), Decimal("-2.00")]),
+    "text": (String(20), ["b", "", "quo'te", "{x,y}"]),
+    "spelling": (Named(), ["b", "a"]),
+    "uuid": (Uuid(), [UUID(int=2), UUID(int=1)]),
+    "enum": (ENUM(Mood, name="mood", create_type=False), [Mood.SO_SO, Mood.SAD]),
+    "bytes": (LargeBinary(), [bytes(range(256)), b""]),
+    "moment": (DateTime(timezone=True), [NOON, NOON + timedelta(microseconds=1)]),
+    "day": (Date(), [date(2026, 1, 2), date.min]),
+    "range": (INT8RANGE(), [Range(1, 3), Range(5, None)]),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_keys_of_every_type(repo: type[Repo], typed: tuple[str, str], kind: str) -> None:
+    """Objects are loaded anew, and with what refers to them, by keys of any type."""
+    key_type, keys = KEYS[kind]
+    parent, child = related(key_type)
+    for name in typed:
+        with repo.using(name):
+            parent.metadata.create_all(repo.engine())
+            repo.insert_all(parent, [{"key": key} for key in keys])
+            repo.insert_all(child, [{"label": f"{name} {n}", "parent_key": key} for n, key in enumerate(keys)])
+    for _ in range(TURNS):
+        for name in typed:
+            with repo.using(name):
+                parents = [repo.get_one(parent, key) for key in keys]
+                assert [again.key for again in repo.reload(parents)] == keys
+                repo.preload(parents, parent.children)
+                assert [[each.label for each in one.children] for one in parents] == [
+                    [f"{name} {n}"] for n in range(len(keys))
+                ]
+                children = repo.preload(repo.all(select(child).order_by(child.id)), child.parent)
+                assert [each.parent.key for each in children] == keys
+    for name in typed:
+        with repo.using(name):
+            parent.metadata.drop_all(repo.engine())
+
+
+def related(key_type: Any) -> tuple[Any, Any]:
+    """Two mapped classes, the first of which has a key of this type."""
+
+    class Own(DeclarativeBase):
+        pass
+
+    class Parent(Own):
+        __tablename__ = "parents"
+
+        key: Mapped[Any] = mapped_column(key_type, primary_key=True)
+        children: Mapped[list[Any]] = relationship("Child", back_populates="parent")
+
+    class Child(Own):
+        __tablename__ = "children"
+
+        id: Mapped[int] = mapped_column(primary_key=True)
+        label: Mapped[str]
+        parent_key: Mapped[Any] = mapped_column(ForeignKey(Parent.key))
+        parent: Mapped[Any] = relationship(Parent, back_populates="children")
+
+    return Parent, Child
