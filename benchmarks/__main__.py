@@ -1,4 +1,4 @@
-"""`python -m benchmarks [warm checkout cold preload rows memory load] [--json] [--write]`: ten minutes or more; or `soak`."""
+"""`python -m benchmarks [warm checkout cold preload rows memory load] [--json] [--write]`: 10 minutes; or `soak`."""
 
 from __future__ import annotations
 

@@ -185,12 +185,15 @@ def _chunks(
     keys = list(dict.fromkeys(map(_identity, states)))
     for start in range(0, len(keys), CHUNK):
         chunk = keys[start : start + CHUNK]
-        if len(columns) == 1:
-            # As one parameter: of hundreds, client and server would each read the statement for longer than it runs.
-            array = literal([key for (key,) in chunk], ARRAY(columns[0].type))
-            yield statement.where(columns[0] == any_(array))
-        else:
+        if len(columns) > 1:
             yield statement.where(tuple_(*columns).in_(chunk))
+            continue
+        column, values = columns[0], [key for (key,) in chunk]
+        if len(set(map(type, values))) > 1:  # which the driver puts into no array
+            yield statement.where(column.in_(values))
+        else:
+            # As one parameter: of hundreds, client and server would each read the statement for longer than it runs.
+            yield statement.where(column == any_(literal(values, ARRAY(column.type))))
 
 
 def _identity(state: InstanceState[Any]) -> tuple[Any, ...]:
