@@ -219,8 +219,10 @@ _LAZY: Final = frozenset({True, None, "select", "raise", "raise_on_sql", "noload
 
 def key_parameters(mapper: Mapper[Any], key: Any) -> dict[str, Any]:
     columns = mapper.primary_key
+    if isinstance(key, int | str) and len(columns) == 1:
+        return {"pk_0": key}
     if isinstance(key, Mapping):
-        names = key_names(mapper)
+        names = list(key_names(mapper))
         if set(key) != set(names):
             raise ValueError(f"the primary key of {mapper.class_.__name__} is {names}, not {sorted(key)}")
         values: Sequence[Any] = [key[name] for name in names]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import BindParameter, Column, Executable, Select, event
@@ -57,9 +58,11 @@ def mapper_of(model: Any) -> Mapper[Any]:
     raise TypeError(f"{model!r} is not a mapped class")
 
 
-def key_names(mapper: Mapper[Any]) -> list[str]:
+# As many mappers as an application has, and some.
+@lru_cache(maxsize=1024)
+def key_names(mapper: Mapper[Any]) -> tuple[str, ...]:
     """The attributes of the primary key, in its order."""
-    return [mapper.get_property_by_column(column).key for column in mapper.primary_key]
+    return tuple(mapper.get_property_by_column(column).key for column in mapper.primary_key)
 
 
 def home_of(obj: object) -> str | None:
@@ -165,8 +168,9 @@ def load_object(mapper: Mapper[Any], values: Iterable[tuple[str, Any]], home: st
     """Make the detached object that a session would make of these column values, loaded in *home*."""
     obj = mapper.class_manager.new_instance()
     state: InstanceState[Any] = instance_state(obj)
-    state.dict.update(values)
-    state.key = (*mapper.identity_key_from_instance(obj)[:2], home)
+    loaded = state.dict
+    loaded.update(values)
+    state.key = mapper.identity_key_from_primary_key([loaded[name] for name in key_names(mapper)], home)
     state.identity_token = home
     return obj
 

@@ -342,7 +342,8 @@ def test_update_of_a_composite_key(repo: type[Repo], sql: SQL) -> None:
 def test_update_of_arrays(repo: type[Repo], sql: SQL) -> None:
     """Items are appended and removed where they are."""
     repo.insert_all(Note, [{"heading": "a", "words": ["x", "y", "x"]}, {"heading": "b", "words": None}])
-    assert repo.update_all(Note, push={"words": "z"}, returning=Note.words).rows == [["x", "y", "x", "z"], ["z"]]
+    found = repo.update_all(Note, push={"words": "z"}, returning=Note.words)
+    assert sorted(found.rows or ()) == [["x", "y", "x", "z"], ["z"]]
     assert repo.update_all(Note, pull={Note.words: "x"}).count == 2
     assert sql("SELECT words FROM notes ORDER BY id") == [(["y", "z"],), (["z"],)]
 
