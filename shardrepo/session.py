@@ -170,7 +170,7 @@ def load_object(mapper: Mapper[Any], values: Iterable[tuple[str, Any]], home: st
     state: InstanceState[Any] = instance_state(obj)
     loaded = state.dict
     loaded.update(values)
-    state.key = mapper.identity_key_from_primary_key([loaded[name] for name in key_names(mapper)], home)
+    state.key = mapper.identity_key_from_primary_key(tuple(loaded[name] for name in key_names(mapper)), home)
     state.identity_token = home
     return obj
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import assert_type
+from typing import Any, assert_type
 
 from sqlalchemy import select
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import selectinload
 
 from shardrepo import BulkResult, Choice, Database, Repo, RoutedSession, Stats
@@ -44,6 +44,20 @@ assert_type(AppRepo.preload([user], User.posts), list[User])
 assert_type(AppRepo.count(User), int)
 assert_type(AppRepo.exists(select(User)), bool)
 assert_type(AppRepo.insert_all(User, [{"name": "Ada"}]), BulkResult)
+assert_type(AppRepo.insert_all(User, select(User.name), on_conflict="nothing", returning=User.id), BulkResult)
+assert_type(AppRepo.insert(User(name="x"), on_conflict="raise"), User)
+assert_type(AppRepo.insert(User(name="x"), on_conflict="replace", conflict_target=User.id), User | None)
+assert_type(AppRepo.insert(User(name="x"), on_conflict={User.age: User.age + 1}, conflict_target="id"), User | None)
+assert_type(
+    AppRepo.insert(User(name="x"), on_conflict=lambda excluded: {"age": excluded.age}, conflict_target=[User.id]),
+    User | None,
+)
+assert_type(AppRepo.insert_or_update(user), User)
+assert_type(AppRepo.update_all(select(User), {"city": "x"}, inc={User.age: 1}, returning=True), BulkResult)
+assert_type(AppRepo.delete_all(User, returning=["id"]), BulkResult)
+assert_type(AppRepo.connection(), AbstractContextManager[Connection])
+assert_type(AppRepo.call_options(timeout=1.0, tags={"a": 1}), AbstractContextManager[None])
+assert_type(AppRepo.to_sql(User), tuple[str, dict[str, Any]])
 assert_type(AppRepo.update(user, name="Grace"), User)
 assert_type(AppRepo.delete(user), User)
 assert_type(AppRepo.rehome(user, "shard02"), User)
