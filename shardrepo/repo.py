@@ -716,8 +716,8 @@ class Repo:
         Each statement is committed by itself, also those of SQLAlchemy's *connection*, whose own ``begin()`` begins
         nothing: use `transaction` for what belongs together. What SQL sets in the session lasts until the end of the
         block. Blocks nest, on the same connection; in an open transaction it is that one's. It belongs to the thread
-        or task that opened it. A `stream` outside a transaction has a connection of its own. With ``pgbouncer=True`` the
-        pooler may run each statement in another session of the server.
+        or task that opened it. A `stream` outside a transaction has a connection of its own. With ``pgbouncer=True``
+        the pooler may run each statement in another session of the server.
 
         Raises:
             TransactionDoomedError: At a later verb or the end: the connection was lost, or a BEGIN that was sent by
