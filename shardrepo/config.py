@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
@@ -22,6 +22,7 @@ from .database import (
     database_from,
     options_of_url,
 )
+from .directory import Directory, Location, directory_of
 from .entries import Ages
 from .errors import ConfigError, NoDatabaseError, unknown
 from .places import Bounds
@@ -103,6 +104,8 @@ class Config:
         application_name: How the connections name themselves to the server.
         connect_args: Further libpq parameters, and psycopg's ``prepare_threshold``.
         engine_options: Arguments for ``create_engine``, those of the pool excepted.
+        directory: What knows where a database lives that is chosen by its name alone; see `shardrepo.directory`.
+        directory_ttl: Seconds for which its answers are believed; that there is no such database for 5 at most.
     """
 
     address: Mapping[str, Any] = field(repr=False)
@@ -124,6 +127,8 @@ class Config:
     application_name: str = "shardrepo"
     connect_args: Mapping[str, Any] = field(default_factory=lambda: _EMPTY, repr=False)
     engine_options: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
+    directory: Directory | None = None
+    directory_ttl: float = 60.0
 
     @classmethod
     def of(cls, source: ConfigSource) -> Config:
@@ -167,14 +172,15 @@ class Config:
             *(math.inf if age is None else age for age in (self.idle_timeout, self.max_lifetime, self.check_after))
         )
 
-    def locate(self, choice: Choice | None) -> Database:
-        """Merge *choice* into the default options. Pure: no I/O, the same choice is always the same database.
+    def locate(self, choice: Choice | None, location: Location | None = None) -> Database:
+        """Merge *choice* into the default options, over what a directory says of it. Pure: no I/O, the same choice is
+        always the same database.
 
         Raises:
             NoDatabaseError: Nothing is chosen, and the default names no database or may not be used.
             ConfigError: The merged options have no host, or a parameter that pgbouncer=True rules out.
         """
-        database = self._merged(choice)
+        database = self._merged(choice, location)
         self._check_pooled("the query", dict(database.query))
         return database
 
@@ -183,7 +189,7 @@ class Config:
             if self.pgbouncer and (value := parameters.get(name)) is not None:
                 raise ConfigError(f"pgbouncer=True contradicts {name}={value!r} in {where}: {remedy}")
 
-    def _merged(self, choice: Choice | None) -> Database:
+    def _merged(self, choice: Choice | None, location: Location | None) -> Database:
         if choice is None and self.require_database:
             raise NoDatabaseError(
                 "no database is chosen and this repo requires one (require_database=True): "
@@ -191,7 +197,10 @@ class Config:
             )
         if choice is not None and choice.database is not None:
             return choice.database
-        options = {**self.address, **dict(choice.options)} if choice is not None else self.address
+        options = {**self.address, **dict(choice.options)} if choice is not None else dict(self.address)
+        if location is not None:
+            options |= location.options
+            options |= {name: value for name, value in (choice.options if choice else ()) if name != "database"}
         if "database" not in options:
             raise NoDatabaseError(
                 "no database is chosen and the config names no default one: call set_database(...) first, "
@@ -202,7 +211,14 @@ class Config:
                 f"database {options['database']!r} has no host: add one to the config, a name, an address or "
                 "the folder of a socket (nothing is taken from PGHOST, so that a row's place is never ambiguous)"
             )
-        return database_from(options)
+        if location is None:
+            return database_from(options)
+        if location.state == "read_only":
+            # Other connections than those by which it is written, once it may be again.
+            query = dict(options.get("query", ()))
+            query["options"] = f"{query.get('options', '')} -c default_transaction_read_only=on".strip()
+            options["query"] = tuple(sorted(query.items()))
+        return replace(database_from(options), id=location.id, state=location.state)
 
 
 def _address_of(settings: dict[str, Any]) -> Mapping[str, Any]:
@@ -285,7 +301,10 @@ _SETTINGS: Final[Mapping[str, Callable[[object], Any]]] = {
         name: _checked_count(name, "lets nobody connect: give the most that there may be, or None", optional=True)
         for name in ("max_connections", "max_per_server", "max_per_database")
     },
-    **{name: checked_seconds(name) for name in ("max_overtake", "checkout_timeout", "connect_timeout")},
+    **{
+        name: checked_seconds(name) for name in ("max_overtake", "checkout_timeout", "connect_timeout", "directory_ttl")
+    },
+    "directory": lambda value: None if value is None else directory_of(value),
     **{
         name: checked_seconds(name, optional=True)
         for name in ("idle_timeout", "max_lifetime", "check_after", "warn_after")

@@ -11,13 +11,14 @@ import hashlib
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn, Self, TypeAlias, TypedDict, cast
+from typing import Any, Final, Literal, NoReturn, Self, TypeAlias, TypedDict, cast
 
 from sqlalchemy.engine import URL
 
 from .errors import ConfigError, unknown
 
 Password: TypeAlias = str | Callable[[], str]
+State: TypeAlias = Literal["active", "read_only", "suspended", "migrating"]
 
 DEFAULT_PORT: Final = 5432
 
@@ -91,6 +92,9 @@ class Database:
         username: Who connects; None leaves it to the driver.
         query: Further libpq parameters, sorted by name.
         password: The password, or a callable that is asked for it at every connect.
+        id: What a directory has given it for a home, which it keeps when it moves; None for ``server/name``.
+        state: What a directory says may be done with it.
+        home: What an object that is stored in it remembers.
     """
 
     host: str
@@ -99,13 +103,15 @@ class Database:
     username: str | None = None
     query: tuple[tuple[str, str], ...] = ()
     password: Password | Secret | None = field(default=None, compare=False)
+    id: str | None = field(default=None, compare=False)
+    state: State = field(default="active", compare=False)
     home: str = field(init=False, compare=False)
     key: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.password, str):
             object.__setattr__(self, "password", Secret(self.password))
-        object.__setattr__(self, "home", f"{self.server}/{self.name}")
+        object.__setattr__(self, "home", self.id or f"{self.server}/{self.name}")
         # One string, because it is looked up at every checkout and strings remember their hash.
         address = (self.host, self.port, self.name, self.username, self.query, digest(self.password))
         object.__setattr__(self, "key", repr(address))
@@ -145,7 +151,7 @@ class Database:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.host, self.port, self.name, self.username, self.query)
+        return type(self), (self.host, self.port, self.name, self.username, self.query, None, self.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +159,21 @@ class Choice:
     """What `set_database` or `using` was given: validated, not yet located.
 
     Either a complete `Database`, or options that are merged into the repo's default ones.
+
+    Attributes:
+        options: What is chosen of an address.
+        database: The whole of one.
+        bare_name: The name, if a directory may say where that is: without a server of its own.
     """
 
     options: tuple[tuple[str, Any], ...] = ()
     database: Database | None = None
+    bare_name: str | None = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        options = dict(self.options)
+        alone = self.database is None and not options.keys() & {"host", "port"}
+        object.__setattr__(self, "bare_name", options.get("database") if alone else None)
 
     @property
     def names_database(self) -> bool:

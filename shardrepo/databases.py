@@ -9,18 +9,20 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.util import memoized_property  # functools' own locks before Python 3.12, which no fork survives
 
 from .config import Config, ConfigSource
 from .context import Context
 from .database import Choice, Chosen, Database, choose
+from .directory import Directory, Location, Whereabouts
 from .errors import ConfigError, NoDatabaseError, WrongDatabaseError
 from .listeners import Listeners
+from .pool import autocommit, vouch
 
 if TYPE_CHECKING:
     from .engines import ConnectionCache
@@ -36,18 +38,28 @@ class Databases:
         name: How the repo is called in messages.
         source: The config; a callable is called when a database is first needed.
         configure: Called with each engine that is made, and its database.
+        directory: What the repo's class says of where databases are; the config's counts if it says nothing.
     """
 
-    def __init__(self, name: str, source: ConfigSource, configure: Callable[[Engine, Database], object]) -> None:
+    def __init__(
+        self,
+        name: str,
+        source: ConfigSource,
+        configure: Callable[[Engine, Database], object],
+        directory: Directory | None = None,
+    ) -> None:
         self.context = context = Context(name)
         self.listeners = Listeners(lambda: context.tags)
         self._source = source
         self._configure = configure
+        self._directory = directory
         # Guards the making of config and cache, which happens once, and what follows.
         self._lock = threading.RLock()
         # The same databases twice: by the choice that means it; by its home, and by who connects to it and how.
         self._resolved: dict[Choice | None, Database] = {}
         self._met: dict[str, dict[object, Database]] = {}
+        # By choice and answer of the directory, which is kept so that no other can take its place in memory.
+        self._found: dict[tuple[Choice | None, int], tuple[Location, Database]] = {}
         _all.add(self)
         if not callable(source):
             self.config  # noqa: B018  # a wrong config fails where it is written
@@ -68,11 +80,42 @@ class Databases:
                 made = self.__dict__["cache"] = ConnectionCache(self.config, self.listeners, self._configure)
             return made
 
+    @memoized_property
+    def whereabouts(self) -> Whereabouts | None:
+        """What the directory has said; None without one."""
+        with self._lock:
+            directory = self._directory or self.config.directory
+            made: Whereabouts | None = self.__dict__.get("whereabouts")
+            if made is None and directory is not None:
+                made = self.__dict__["whereabouts"] = Whereabouts(
+                    directory, self._connect, self._apart, self.config.directory_ttl
+                )
+            return made
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """With nothing chosen and nothing open: the directory may ask by way of this repo."""
+        with self.context.using(None), self.context.detached():
+            yield
+
+    @contextmanager
+    def _connect(self, options: Mapping[str, Any]) -> Iterator[Connection]:
+        """A connection of its own for a question of the directory's, to what *options*, which are checked, name."""
+        given = {"database": self.config.maintenance_database, **options} if "host" in options else options
+        database = self.config.locate(Choice(tuple(sorted(given.items()))))
+        with self.cache.transient(database) as connection:
+            vouch(connection)
+            autocommit(connection)
+            yield connection
+
     def resolve(self, choice: Choice | None) -> Database:
         """Turn a choice into the database it means, the same one every time."""
         return self._resolved.get(choice) or self._remember(choice)
 
     def _remember(self, choice: Choice | None) -> Database:
+        name = choice.bare_name if choice is not None else None
+        if name is not None and self.whereabouts is not None:
+            return self._located(choice, self.whereabouts.find(name))
         database = self.config.locate(choice)
         with self._lock:
             if len(self._resolved) >= MAX_RESOLVED:
@@ -81,6 +124,19 @@ class Databases:
             # A password that has changed is the same user's.
             self._met.setdefault(database.home, {})[database.username, database.query] = database
             return self._resolved.setdefault(choice, database)
+
+    def _located(self, choice: Choice | None, location: Location) -> Database:
+        """The database of a choice that the directory has found: the same one as long as it says the same."""
+        found = self._found.get((choice, id(location)))
+        if found is None:
+            database = self.config.locate(choice, location)
+            with self._lock:
+                if len(self._found) >= MAX_RESOLVED:
+                    self._found.clear()
+                    self._met.clear()
+                self._met.setdefault(database.home, {})[database.username, database.query] = database
+                found = self._found.setdefault((choice, id(location)), (location, database))
+        return found[1]
 
     @property
     def current(self) -> Database:
@@ -101,6 +157,12 @@ class Databases:
                 "options with a database among them"
             )
         return self.resolve(choice)
+
+    def listed(self) -> list[Location]:
+        """All databases that the directory knows."""
+        if self.whereabouts is None:
+            raise ConfigError("this repo has no directory that could list its databases: give one in its config")
+        return self.whereabouts.list_databases()
 
     def at(self, home: str) -> Database:
         """The database that *home* means: the current one, else the one that was chosen there before.
@@ -152,6 +214,8 @@ def _after_fork() -> None:
     # Another thread of the parent's may have been in the middle of it.
     for databases in list(_all):
         databases._lock = threading.RLock()
+        if (whereabouts := databases.__dict__.get("whereabouts")) is not None:
+            whereabouts.start_empty()
 
 
 os.register_at_fork(after_in_child=_after_fork)

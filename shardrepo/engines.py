@@ -30,7 +30,7 @@ from .constraints import told_apart
 from .database import Database
 from .driver import Target, connect
 from .entries import Kind
-from .errors import ServerUnavailableError
+from .errors import DatabaseStateError, ServerUnavailableError
 from .housekeeper import Housekeeper
 from .ledger import Ledger
 from .listeners import Listeners
@@ -195,6 +195,12 @@ class ConnectionCache:
 
     def engine(self, database: Database) -> Engine:
         """The engine of *database*: the same object as long as anybody holds it. Does no I/O."""
+        if database.state in ("suspended", "migrating"):
+            raise DatabaseStateError(
+                f"{database.home} is {database.state}, as the directory says: try later, or change its state there",
+                database=database,
+                state=database.state,
+            )
         key = database.key
         with self._lock:
             engine = self._recent.get(key) or self._alive.get(key)

@@ -66,7 +66,7 @@ class ConnectError(ShardRepoError, sa_exc.OperationalError):
     """No connection could be opened; alone when the cause cannot be told.
 
     Attributes:
-        database: The database that was to be reached, without its password.
+        database: The database that was to be reached, without its password; None where nobody knows where it is.
         sqlstate: The server's SQLSTATE, None if it gave none.
         orig: The driver's error.
     """
@@ -75,7 +75,7 @@ class ConnectError(ShardRepoError, sa_exc.OperationalError):
     code = None  # type: ignore[assignment]  # as SQLAlchemy's own base class has it
 
     def __init__(
-        self, message: str, *, database: Database, sqlstate: str | None = None, orig: BaseException | None = None
+        self, message: str, *, database: Database | None, sqlstate: str | None = None, orig: BaseException | None = None
     ) -> None:
         sa_exc.StatementError.__init__(self, message, None, None, orig)
         self.connection_invalidated = False
@@ -84,7 +84,21 @@ class ConnectError(ShardRepoError, sa_exc.OperationalError):
 
 
 class UnknownDatabaseError(ConnectError):
-    """The server says that the database does not exist."""
+    """The server says that the database does not exist, or the directory does not know it: then `database` is None."""
+
+
+class DatabaseStateError(ShardRepoError):
+    """The directory says that a database is not to be connected to now. Nothing was sent to it.
+
+    Attributes:
+        database: The database.
+        state: Its state: "suspended" or "migrating".
+    """
+
+    def __init__(self, message: str, *, database: Database, state: str) -> None:
+        super().__init__(message)
+        self.database = database
+        self.state = state
 
 
 class AuthenticationError(ConnectError):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from inspect import getattr_static
-from typing import Any, ClassVar, Literal, NoReturn, ParamSpec, TypeVar, Unpack, overload
+from typing import Any, ClassVar, Final, Literal, NoReturn, ParamSpec, TypeVar, Unpack, overload
 
 from sqlalchemy import Executable, Select, Table
 from sqlalchemy.engine import Connection, Engine, Result, Row
@@ -22,6 +22,7 @@ from .conflicts import Where as ConflictWhere
 from .database import Choice, Chosen, Database, Options, choose
 from .databases import Databases
 from .destination import Destination
+from .directory import Answer, Called, Location
 from .errors import ConfigError
 from .inserting import Insertion, Via
 from .plans import PlanFormat
@@ -65,9 +66,15 @@ class Repo:
     def __init_subclass__(cls, config: ConfigSource | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if config is not None:
-            databases = Databases(cls.__qualname__, config, cls.configure_engine)
+            locate, listing = _own(cls, "locate"), _own(cls, "list_databases")
+            directory = Called(locate, listing) if locate is not None else None
+            databases = Databases(cls.__qualname__, config, cls.configure_engine, directory)
         elif isinstance(inherited := getattr_static(cls, "_router"), Router):
             databases = inherited.databases
+            for hook in _OF_THE_CONFIG & cls.__dict__.keys():
+                raise ConfigError(
+                    f"{cls.__name__} shares its parent's databases: override {hook}() where the config is"
+                )
         else:
             return
         cls._router = Router(databases, Hooks(_own(cls, "prepare_query"), _own(cls, "default_options")))
@@ -795,6 +802,15 @@ class Repo:
     # The databases of a server
 
     @classmethod
+    def databases(cls) -> list[Location]:
+        """All databases that the directory knows, by name; asked anew at every call.
+
+        Raises:
+            ConfigError: There is no directory, or it cannot list.
+        """
+        return cls._router.databases.listed()
+
+    @classmethod
     def create_database(
         cls,
         choice: Chosen = None,
@@ -882,6 +898,19 @@ class Repo:
         """
         return cls._router.database_exists(cls._router.databases.singled_out(choice, options))
 
+    @classmethod
+    def locate(cls, name: str) -> Answer | Awaitable[Answer]:
+        """Say where the database *name* is, in place of a directory in the config: a host, a mapping of options, None.
+
+        May be async. Its answers are remembered as a directory's are.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def list_databases(cls) -> Iterable[str | Location] | Awaitable[Iterable[str | Location]]:
+        """Name all databases, beside `locate`. May be async."""
+        raise NotImplementedError
+
     # The connections
 
     @classmethod
@@ -917,6 +946,10 @@ class Repo:
         Connections in use are closed when they are returned.
         """
         cls._router.cache.dispose()
+
+
+# Hooks of what classes without a config share.
+_OF_THE_CONFIG: Final = frozenset({"configure_engine", "locate", "list_databases"})
 
 
 def _own(repo: type[Repo], hook: str) -> Any:

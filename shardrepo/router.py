@@ -274,9 +274,11 @@ class Router:
             return plans.to_sql(session, query, engine.dialect, literal_binds=literal_binds)
 
     def check_writable(self, operation: str) -> None:
-        """Raise `ReadOnlyError` if this repo only reads."""
+        """Raise `ReadOnlyError` if this repo only reads, or the directory says so of its current database."""
         if self.databases.config.read_only:
             raise ReadOnlyError(f"{operation}() writes, and this repo's config says read_only=True: use another repo")
+        if self.databases.whereabouts is not None and self.databases.current.state == "read_only":
+            raise ReadOnlyError(f"{operation}() writes, and the directory says that {self.current.home} is read_only")
 
     def _session(self, operation: str, database: Database, connection: Connection | Engine) -> HomeSession:
         options = self.context.options

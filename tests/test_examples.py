@@ -179,7 +179,12 @@ def test_the_readme_runs(readme_servers: dict[str, Server], capsys: pytest.Captu
             namespace["created"] = create_schema(namespace["Base"], readme_servers)
     printed = capsys.readouterr().out
     assert "User belongs to" in printed
-    namespace["MyRepo"].dispose()  # type: ignore[attr-defined]  # what the first block defines
+    sharded: Any = namespace["Sharded"]
+    with sharded.using("shard201"):
+        assert sharded.get_database().port == readme_servers["db02"].port
+    assert [each.name for each in sharded.databases()] == ["shard02", "shard07", "shard201"]
+    for repo in ("MyRepo", "Sharded"):
+        namespace[repo].dispose()  # type: ignore[attr-defined]  # what the blocks define
 
 
 def test_the_commands_that_the_pages_name_exist() -> None:
@@ -201,6 +206,8 @@ def located(block: str, servers: dict[str, Server]) -> str:
     first, second = servers["db01"], servers["db02"]
     url = first.url("app").render_as_string(hide_password=False)
     block = block.replace("postgresql+psycopg://app@db01/app", url)
+    addresses = [{"host": each.host, "port": each.port, "password": each.password} for each in (first, second)]
+    block = block.replace('["db01", "db02"]', repr(addresses))
     return block.replace('host="db02"', f'host="{second.host}", port={second.port}, password="{second.password}"')
 
 

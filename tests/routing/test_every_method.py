@@ -183,7 +183,10 @@ CASES: dict[Callable[[type[Repo]], str], str] = {
 }
 
 # Of all databases at once, or called by the verbs.
-OF_NO_DATABASE = {"stats", "disconnect_all", "dispose", "prepare_query", "default_options", "configure_engine"}
+OF_NO_DATABASE = {
+    *("stats", "disconnect_all", "dispose", "databases"),
+    *("prepare_query", "default_options", "configure_engine", "locate", "list_databases"),
+}
 
 
 def test_every_public_method_has_a_case() -> None:

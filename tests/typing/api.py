@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import selectinload
 
 from shardrepo import BulkResult, Choice, Database, Repo, RoutedSession, Stats
+from shardrepo.directory import Location
 
 from ..models import User
 
@@ -55,6 +56,7 @@ assert_type(
 assert_type(AppRepo.insert_or_update(user), User)
 assert_type(AppRepo.update_all(select(User), {"city": "x"}, inc={User.age: 1}, returning=True), BulkResult)
 assert_type(AppRepo.delete_all(User, returning=["id"]), BulkResult)
+assert_type(AppRepo.databases(), list[Location])
 assert_type(AppRepo.connection(), AbstractContextManager[Connection])
 assert_type(AppRepo.call_options(timeout=1.0, tags={"a": 1}), AbstractContextManager[None])
 assert_type(AppRepo.to_sql(User), tuple[str, dict[str, Any]])

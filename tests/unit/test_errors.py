@@ -36,6 +36,7 @@ FACTS: dict[type[ShardRepoError], dict[str, Any]] = {
     errors.TransactionOwnerError: {"home": "db01:5432/app"},
     errors.StaleError: {"home": "db01:5432/app"},
     errors.ReadOnlyError: {},
+    errors.DatabaseStateError: {"database": DATABASE, "state": "suspended"},
     errors.ConstraintError: {
         "kind": "unique",
         "constraint": "users_email_key",
