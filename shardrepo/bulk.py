@@ -17,7 +17,7 @@ from sqlalchemy.types import TypeEngine
 from .destination import Destination
 from .reading import selected, with_criteria
 from .returning import BulkResult, Returning, returned, wanted
-from .session import HomeSession, key_names
+from .session import HomeSession
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,10 @@ def _everywhere(
     if where is not None:
         statement = statement.where(where)
     asked = wanted(destination, returning)
+    if asked == "objects" and not destination.is_one_table:
+        raise ValueError(
+            f"{destination.name} is stored in several tables, and returning=True returns of one: name columns"
+        )
     if asked is None:
         return BulkResult(session.execute(statement).rowcount, None)  # type: ignore[attr-defined]  # a CursorResult
     rows = returned(session, destination, statement, asked)
@@ -132,6 +136,9 @@ def _where(destination: Destination, query: Select[Any]) -> ColumnElement[bool] 
     plain = select(entity) if criteria is None else select(entity).where(criteria)
     if entity is mapper.entity and not mapper.inherits and plain.compare(query):
         return criteria
-    keys = [getattr(entity, name) for name in key_names(mapper)]
-    chosen = query.with_only_columns(*keys, maintain_column_froms=True)
-    return tuple_(*destination.table.primary_key).in_(chosen)
+    # The mapping may have another key than the table; of several tables, this one has its own.
+    keys = mapper.primary_key if destination.is_one_table else tuple(destination.table.primary_key)
+    found = [getattr(entity, mapper.get_property_by_column(column).key) for column in keys]
+    chosen = query.with_only_columns(*found, maintain_column_froms=True)
+    # On its own: correlated with what is written, its limit would be one for each row.
+    return tuple_(*keys).in_(chosen.correlate(None))

@@ -21,11 +21,14 @@ COPIED_ROWS: Final = "shardrepo_copied_rows"
 
 ConstraintErrors: TypeAlias = Mapping[str, Callable[[ConstraintError], BaseException]]
 
-# Would give an object another home, or a connection a mode that its next borrower knows nothing of.
+# Would give an object another home, or a connection a mode that its next borrower knows nothing of; or have a verb
+# leave its results on the server.
 _OWN_EXECUTION_OPTIONS: Final = {
     "identity_token": "an object's home is its database",
     "isolation_level": "it belongs to a transaction: transaction(isolation=...)",
     "postgresql_readonly": "it belongs to a transaction: transaction(read_only=True)",
+    "yield_per": "use stream(batch=...)",
+    "stream_results": "use stream()",
     "postgresql_deferrable": "it belongs to a transaction: transaction(deferrable=True)",
 }
 

@@ -63,12 +63,14 @@ class DriverConnection(psycopg.Connection[Any]):
         used: Whether anything was sent, or a setting changed, since `settle` or `rest`.
         pooled: Whether each transaction may run in another session of the server, as a pooler has it.
         reads_only: Whether the server was told to refuse what writes.
+        leaves_traces: Whether a statement has called what changes its session, since it was reset.
     """
 
     database: Database
     used: bool
     pooled: bool = False
     reads_only: bool = False
+    leaves_traces: bool = False
 
     def __init__(self, pgconn: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(pgconn, *args, **kwargs)
@@ -142,6 +144,7 @@ class DriverConnection(psycopg.Connection[Any]):
         self.autocommit = True
         if not self.pooled:
             self.execute(_RESET, prepare=False)
+        self.leaves_traces = False
 
     def test(self, seconds: float) -> None:
         """Ask the server for a sign of life. Raises `NoAnswer` when there is none in time, else what psycopg raises."""

@@ -45,7 +45,8 @@ class Destination:
         columns = {
             prop.key: column
             for prop in mapper.column_attrs
-            for column in prop.columns
+            # Of several tables' columns for one attribute, that of this table.
+            for column in sorted(prop.columns, key=lambda column: getattr(column, "table", None) is table)
             if isinstance(column, Column) and column.table in mapper.tables
         }
         version = mapper.version_id_col if callable(mapper.version_id_generator) else None
@@ -64,13 +65,14 @@ class Destination:
 
     def column(self, named: object) -> Column[Any]:
         """The column that an attribute, a column or a name means; `ValueError` if it is none of these."""
-        if isinstance(named, Column) and named.table is self.table:
-            return named
-        name = named.key if isinstance(named, QueryableAttribute | Column) else named
-        column = self.columns.get(name) if isinstance(name, str) else None
-        if column is None:
-            raise ValueError(f"{self.name}: {unknown('column', str(name), self.columns)}")
-        return column
+        if isinstance(named, str):
+            self.check([named])
+            return self.columns[named]
+        meant = getattr(named.property, "columns", ()) if isinstance(named, QueryableAttribute) else (named,)
+        for column in self.columns.values():
+            if any(column is each for each in meant):
+                return column
+        raise ValueError(f"{named} is no column of {self.name}: name one of {', '.join(sorted(self.columns))}")
 
     def check(self, names: Iterable[object]) -> None:
         """Raise `ValueError` unless every one of *names* is a column."""

@@ -92,6 +92,8 @@ class SharedDialect(PGDialect_psycopg):
 
     def do_execute(self, cursor: Any, statement: str, parameters: Any, context: Any = None) -> None:
         _check_home(cursor, context)
+        if "set_config" in statement or "advisory_lock" in statement:
+            cursor.connection.leaves_traces = True
         # SQLAlchemy asks its own first questions under a lock, under which no listener may use the repo.
         if self.listeners.query and self.server_version is not None:
             with self._told(cursor, statement):

@@ -8,7 +8,6 @@ sent as SQLAlchemy does it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from operator import itemgetter
@@ -30,6 +29,7 @@ from sqlalchemy import (
     Numeric,
     Select,
     String,
+    Table,
     Time,
     Uuid,
     bindparam,
@@ -40,6 +40,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.dialects.postgresql import insert as sql_insert
 from sqlalchemy.dialects.postgresql.ranges import AbstractRange
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DataError
 from sqlalchemy.sql.type_api import TypeEngine
 from sqlalchemy.types import TypeDecorator, UserDefinedType
@@ -60,6 +61,7 @@ CHUNK: Final = 10_000
 # PostgreSQL's limit on the parameters of one statement
 # (https://www.postgresql.org/docs/current/protocol-message-formats.html, Bind: an Int16).
 MAX_PARAMETERS: Final = 65_535
+_OTHER_PARAMETERS: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +105,15 @@ class Insertion:
         self.source = source if isinstance(source, Select) else None
         self._via = via
         self._check_options()
-        self._chunks = iter(()) if isinstance(source, Select) else _chunks(destination, source)
-        # The first two are taken at once: to know whether there are any, and whether one statement is enough.
+        in_order = conflict is not None
+        self._chunks = iter(()) if isinstance(source, Select) else _chunks(destination, source, in_order=in_order)
+        self._ahead: list[list[Batch]] = []
+        self.is_one_statement = False
+
+    def begin(self) -> None:
+        """Take the first two chunks: to know whether there are any rows, and whether one statement is enough."""
         self._ahead = list(islice(self._chunks, 2))
-        self.is_one_statement = destination.is_one_table and (
+        self.is_one_statement = self.destination.is_one_table and (
             self.source is not None or [len(batches) for batches in self._ahead] == [1]
         )
 
@@ -180,36 +187,47 @@ class SeveralStatementsError(Exception):
     """Rows cannot be sent with one statement, and belong into a transaction."""
 
 
-def _chunks(destination: Destination, rows: Iterable[Row]) -> Iterator[list[Batch]]:
-    """The rows, so many at a time, in batches with the same keys."""
+def _chunks(destination: Destination, rows: Iterable[Row], *, in_order: bool) -> Iterator[list[Batch]]:
+    """The rows, so many at a time, in batches with the same keys; *in_order* if one may be written over another."""
     waiting, start = iter(rows), 0
     while chunk := list(islice(waiting, CHUNK)):
-        for kind in set(map(type, chunk)):
+        kinds = set(map(type, chunk))
+        for kind in kinds:
             if not issubclass(kind, Mapping):
                 wrong = next(row for row in chunk if type(row) is kind)
                 raise TypeError(f"insert_all() takes mappings by column, not {wrong!r}: insert() takes objects")
-        yield _batches(destination, chunk, start)
+        # Of other mappings, which may have a value for every key, only those that they say they have are taken.
+        alike = _alike(chunk, start) if kinds == {dict} else None
+        batches = [alike] if alike is not None else list(_batches(chunk, start, in_order=in_order))
+        for batch in batches:
+            destination.check(batch.names)
+        yield batches
         start += len(chunk)
 
 
-def _batches(destination: Destination, chunk: Sequence[Row], start: int) -> list[Batch]:
-    """Batches of rows whose keys are the same, in whatever order."""
+def _alike(chunk: Sequence[Row], start: int) -> Batch | None:
+    """One batch of rows with the same keys; None if they have others."""
     names = tuple(chunk[0])
-    if set(map(len, chunk)) == {len(names)}:
-        with suppress(KeyError):
-            rows = list(map(_cells_of(names), chunk))
-            destination.check(names)
-            return [Batch(names, rows, range(start, start + len(chunk)))]
-    merged: dict[frozenset[str], tuple[Batch, list[int]]] = {}
+    if set(map(len, chunk)) != {len(names)}:
+        return None
+    try:
+        return Batch(names, list(map(_cells_of(names), chunk)), range(start, start + len(chunk)))
+    except KeyError:
+        return None
+
+
+def _batches(chunk: Sequence[Row], start: int, *, in_order: bool) -> Iterator[Batch]:
+    """Batches of rows whose keys are the same, in whatever order; *in_order*, of those that follow one another."""
+    merged: dict[object, tuple[tuple[str, ...], list[tuple[Any, ...]], list[int]]] = {}
+    run, before = 0, None
     for place, row in enumerate(chunk, start):
-        if frozenset(row) not in merged:
-            destination.check(row)
-            places: list[int] = []
-            merged[frozenset(row)] = Batch(tuple(row), [], places), places
-        batch, places = merged[frozenset(row)]
-        batch.rows.append(tuple(row[name] for name in batch.names))
+        keys = frozenset(row)
+        run += in_order and keys != before
+        before = keys
+        names, rows, places = merged.setdefault((keys, run), (tuple(row), [], []))
+        rows.append(tuple(row[name] for name in names))
         places.append(place)
-    return [batch for batch, _ in merged.values()]
+    return (Batch(*parts) for parts in merged.values())
 
 
 def _cells_of(names: Sequence[str]) -> Callable[[Row], tuple[Any, ...]]:
@@ -239,7 +257,10 @@ def _completed(destination: Destination, batch: Batch, *, scalars: bool = False)
         if column.key in destination.constants:
             values[column] = [destination.constants[column.key]] * len(batch.rows)
         elif (default := column.default) is not None and default.is_callable:
-            values[column] = [default.arg(_Given(row)) for row in batch]  # type: ignore[attr-defined]  # a callable's
+            keys = [each.key for each in values]
+            rows = zip(*values.values(), strict=True) if values else [()] * len(batch.rows)
+            given_rows = (dict(zip(keys, row, strict=True)) for row in rows)
+            values[column] = [default.arg(_Given(row)) for row in given_rows]  # type: ignore[attr-defined]  # a callable's
         elif scalars and default is not None:
             values[column] = [default.arg] * len(batch.rows)  # type: ignore[attr-defined]  # a scalar's
     return values
@@ -332,7 +353,8 @@ def _insert_rows(
     if insertion.wanted is None:
         return _written(session, insertion, insertion.statement, rows if number > 1 else rows[0])
     count, returned = 0, []
-    size = MAX_PARAMETERS // len(insertion.destination.table.columns)
+    # Of an INSERT without values there is none for several rows; and what is done about conflicts has parameters too.
+    size = (MAX_PARAMETERS - _OTHER_PARAMETERS) // len(insertion.destination.table.columns) if values else 1
     for start in range(0, number, size):
         written, found = _written(session, insertion, insertion.statement.values(rows[start : start + size]), {})
         count += written
@@ -374,9 +396,18 @@ def _copy(session: HomeSession, destination: Destination, batch: Batch) -> int:
     preparer = connection.dialect.identifier_preparer
     names = ", ".join(preparer.format_column(column) for column in columns)
     # It doubles percents, for a driver that looks for parameters.
-    statement = f"COPY {preparer.format_table(destination.table)} ({names}) FROM STDIN".replace("%%", "%")
+    statement = f"COPY {_translated(destination.table, connection)} ({names}) FROM STDIN".replace("%%", "%")
     options = {"no_parameters": True, COPIED_ROWS: rows}
     return connection.exec_driver_sql(statement, execution_options=options).rowcount
+
+
+def _translated(table: Table, connection: Connection) -> str:
+    """The quoted name of a table, in the schema that ``schema_translate_map`` has for its own."""
+    preparer = connection.dialect.identifier_preparer
+    translate = connection.get_execution_options().get("schema_translate_map") or {}
+    schema = translate.get(table.schema, table.schema)
+    name = preparer.format_table(table, use_schema=False)
+    return name if schema is None else f"{preparer.quote_schema(schema)}.{name}"
 
 
 def _copied(

@@ -140,7 +140,7 @@ class CachedConnection(_ConnectionRecord):
                 connection.rollback()
             elif status != _IDLE:
                 return False
-            if not self.vouched:
+            if not self.vouched or connection.leaves_traces:
                 connection.reset()
             connection.rest()
             self.vouched = False
@@ -465,6 +465,11 @@ def set_autocommit(connection: Connection, mode: bool) -> None:
     if dbapi_connection.is_at_rest:
         dbapi_connection.begin_as(None, read_only=False, deferrable=False)
     dbapi_connection.set_autocommit_mode(mode)
+
+
+def driver_of(connection: Connection) -> DriverConnection | None:
+    """The driver's own connection behind *connection*."""
+    return record_of(connection).dbapi_connection
 
 
 def is_at_rest(connection: Connection) -> bool:

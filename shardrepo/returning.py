@@ -51,7 +51,9 @@ def returned(
     if wanted == "objects" and destination.mapper is not None:
         # As the results of a query, which know their home, where those of an ORM statement that writes do not.
         query: Any = select(destination.entity).from_statement(statement.returning(*destination.table.columns))
-        return list(unique(session.execute(query, parameters)).scalars())
+        # What an earlier statement of the same call returned of a row may not be so any more.
+        fresh = {"populate_existing": True}
+        return list(unique(session.execute(query, parameters, execution_options=fresh)).scalars())
     columns = wanted if isinstance(wanted, tuple) else tuple(destination.table.columns)
     result = session.execute(statement.returning(*columns), parameters)
     return list(result.scalars() if len(columns) == 1 else result)

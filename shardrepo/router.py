@@ -220,34 +220,40 @@ class Router:
     def insert_all(self, insertion: inserting.Insertion) -> BulkResult:
         """Insert rows; without any, nothing is sent."""
         self.check_writable("insert_all")
+        # Before any row is taken: what yields the rows may choose other databases meanwhile.
+        database = self.databases.current
+        insertion.begin()
         if insertion.is_empty:
             return insertion.nothing()
         try:
-            return self._write_rows("insert_all", insertion.run, at_once=insertion.is_one_statement)
+            return self._write_rows(database, "insert_all", insertion.run, at_once=insertion.is_one_statement)
         except inserting.SeveralStatementsError:
-            return self._write_rows("insert_all", insertion.run, at_once=False)
+            return self._write_rows(database, "insert_all", insertion.run, at_once=False)
 
     def update_all(self, query: Any, changes: bulk.Changes, returning: Returning) -> BulkResult:
         """Update every row that *query* selects."""
         self.check_writable("update_all")
         verb = partial(bulk.update_all, query=query, changes=changes, returning=returning)
-        return self._write_rows("update_all", verb, at_once=True)
+        return self._write_rows(self.databases.current, "update_all", verb, at_once=True)
 
     def delete_all(self, query: Any, returning: Returning) -> BulkResult:
         """Delete every row that *query* selects."""
         self.check_writable("delete_all")
-        return self._write_rows("delete_all", partial(bulk.delete_all, query=query, returning=returning), at_once=True)
+        verb = partial(bulk.delete_all, query=query, returning=returning)
+        return self._write_rows(self.databases.current, "delete_all", verb, at_once=True)
 
-    def _write_rows(self, operation: str, verb: Callable[[HomeSession], T], *, at_once: bool) -> T:
-        """Run a verb that writes rows without objects: in one transaction, or *at_once* with one statement."""
-        database = self.databases.current
+    def _write_rows(self, database: Database, operation: str, verb: Callable[[HomeSession], T], *, at_once: bool) -> T:
+        """Run a verb that writes rows without objects: *at_once* with one statement, else all or nothing."""
         with (
             self._connection(operation, database) as connection,
             self._session(operation, database, connection) as session,
         ):
             if at_once and not session.dispatch.do_orm_execute:
                 autocommit(connection)
-            result = verb(session)
+            # In an open transaction, which may go on after what is no error of the database's.
+            several = not at_once and connection.in_transaction()
+            with connection.begin_nested() if several else nullcontext():
+                result = verb(session)
             session.commit()
             return result
 
@@ -454,6 +460,8 @@ class Router:
         held = self.context.held(database)
         if held is not None:
             held.check_usable()
+            if isinstance(held, Pinned):
+                held.check_ended()
             disown(held.connection)
             yield held.connection
             return

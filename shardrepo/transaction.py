@@ -170,7 +170,7 @@ class Transaction(Held):
         super().check_usable()
         for level in self._levels:
             if level.cause is None and not level.handle.is_active:
-                level.cause = PendingRollbackError("a session that had joined the transaction rolled it back")
+                level.cause = PendingRollbackError("a session or connection that had joined it has ended it")
             if level.cause is not None:
                 raise self._doomed(level.cause)
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from sqlalchemy import Column, Computed, FetchedValue, ForeignKey, Index, String, Table, UniqueConstraint, func
+from sqlalchemy import (
+    Column,
+    Computed,
+    FetchedValue,
+    ForeignKey,
+    Index,
+    Sequence,
+    String,
+    Table,
+    UniqueConstraint,
+    func,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column, relationship
 
@@ -141,7 +152,19 @@ class Note(Base):
     __table_args__ = (Index("notes_of_a_kind", heading, unique=True, postgresql_where=kind == "one"),)
 
 
+class Numbered(Base):
+    """Has another key for its mapping than for its table."""
+
+    __tablename__ = "numbered"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(
+        Sequence("numbers"), server_default=Sequence("numbers").next_value(), unique=True
+    )
+    label: Mapped[str] = mapped_column(server_default="none")
+    __mapper_args__: Any = {"primary_key": [number]}
+
+
 def _shouted(context: Any) -> str:
     """The heading in capitals, as a default that looks at its row."""
-    given = context.get_current_parameters()
-    return str(given.get("Title %", given.get("heading"))).upper()
+    return str(context.get_current_parameters()["Title %"]).upper()

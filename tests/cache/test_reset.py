@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from packaging.version import Version
 from psycopg.rows import dict_row
-from sqlalchemy import text
+from sqlalchemy import func, select, text
 
 from shardrepo import Repo
 from shardrepo.testing.servers import Server
@@ -311,3 +311,17 @@ def test_a_verb_after_its_own_error(repo: type[Repo]) -> None:
             repo.insert(Tag(label="a"))
         assert repo.count(Tag) == 1
     assert repo.execute("SELECT pg_backend_pid()").scalar_one() == pid
+
+
+@pytest.mark.parametrize("verb", ["all", "one", "update_all"])
+def test_functions_of_a_query_leave_nothing(make_repo: Callable[..., type[Repo]], database: str, verb: str) -> None:
+    """Settings and locks by functions that a query calls are gone for the next borrower, as those of one's own SQL."""
+    repo = make_repo(database)
+    repo.insert(Tag(label="x"))
+    changing = select(func.set_config("search_path", "nowhere", False), func.pg_advisory_lock(77))
+    if verb == "update_all":
+        repo.update_all(Tag, {"label": func.set_config("search_path", "nowhere", False)})
+    else:
+        getattr(repo, verb)(changing)
+    assert repo.all(select(func.current_setting("search_path"))) == ['"$user", public']
+    assert repo.one(select(func.count()).select_from(text("pg_locks WHERE locktype = 'advisory'"))) == 0

@@ -209,6 +209,21 @@ def test_rows_over_conflicts(repo: type[Repo], sql: SQL) -> None:
     assert sql("SELECT count(*) FROM notes") == [(2,)]
 
 
+def test_of_rows_for_one_row_the_last_one_counts(repo: type[Repo], sql: SQL) -> None:
+    """In the order in which they are given, whatever keys they have; and what is returned is what is stored."""
+    options: dict[str, Any] = {"on_conflict": "replace", "conflict_target": "email"}
+    rows = [{"name": "a", "email": "1"}, {"name": "b", "email": "2", "age": 3}, {"name": "c", "email": "2"}]
+    found = repo.insert_all(User, rows, returning=True, **options).rows
+    assert sql("SELECT email, name, age FROM users ORDER BY email") == [("1", "a", 0), ("2", "c", 0)]
+    assert [(user.email, user.name) for user in found or ()][-1] == ("2", "c")
+    assert repo.insert_all(User, [{"name": "x", "email": "3"}, {"name": "y", "email": "3", "age": 1}],
+                           on_conflict="nothing").count == 1  # fmt: skip
+    assert sql("SELECT name FROM users WHERE email = '3'") == [("x",)]
+    twice = repo.insert_all(User, [{"name": "p", "email": "4"}, {"name": "q", "email": "4", "age": 9}],
+                            returning=True, **options).rows  # fmt: skip
+    assert {(user.name, user.age) for user in twice or ()} == {("q", 9)}
+
+
 def test_a_failure_leaves_the_object_as_it_was(repo: type[Repo], sql: SQL, ada: None) -> None:
     """Values, state, identity and home."""
     user = User(name="B", email="ada@x")

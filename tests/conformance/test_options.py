@@ -160,6 +160,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "tags that are none": ({"tags": "x"}, "must be a mapping"),
     "a nameless tag": ({"tags": {1: 2}}, "by name"),
     "another home": ({"execution_options": {"identity_token": "x"}}, "home is its database"),
+    "results on the server": ({"execution_options": {"yield_per": 10}}, r"use stream\(batch"),
     "another isolation": ({"execution_options": {"isolation_level": "AUTOCOMMIT"}}, "belongs to a transaction"),
 }
 

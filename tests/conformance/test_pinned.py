@@ -8,10 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import DBAPIError
 
-from shardrepo import CheckoutTimeoutError, Repo, TransactionDoomedError, TransactionOwnerError
+from shardrepo import (
+    CheckoutTimeoutError,
+    ConstraintError,
+    Repo,
+    TransactionDoomedError,
+    TransactionOwnerError,
+    inserting,
+)
 from shardrepo.testing.servers import Server
 
 from ..conftest import await_, books_balance, connections_of, run_sql
@@ -134,6 +141,55 @@ def test_a_connection_that_is_lost_is_not_replaced_in_silence(repo: type[Repo], 
             repo.count(Tag)
         repo.count(Tag)
     assert repo.count(Tag) == 0
+    assert books_balance(repo)
+
+
+def test_a_verb_that_is_called_by_another_is_a_part_of_it(repo: type[Repo], sql: SQL) -> None:
+    """What fails is undone as a whole, and what succeeds is stored as a whole, whatever a listener asks meanwhile."""
+
+    def ask(*_: Any) -> None:
+        repo.count(Tag)
+
+    for model in (User, Post):
+        event.listen(model, "before_insert", ask)
+    try:
+        with repo.connection():
+            repo.insert(User(name="first", email="e", posts=[Post(title="p")]))
+            with pytest.raises(ConstraintError):
+                repo.insert(User(name="lost", posts=[Post(title="q", id=1)]))
+            repo.insert(User(name="alone"))
+            assert not repo.in_transaction()
+    finally:
+        for model in (User, Post):
+            event.remove(model, "before_insert", ask)
+    assert sql("SELECT name FROM users ORDER BY id") == [("first",), ("alone",)]
+    assert sql("SELECT title FROM posts") == [("p",)]
+
+
+def test_rows_that_ask_while_they_are_inserted(repo: type[Repo], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator may use the repo in the middle of what takes its rows."""
+    monkeypatch.setattr(inserting, "CHUNK", 10)
+    with repo.connection():
+        rows = ({"label": f"{n}: {repo.count(Tag)}"} for n in range(45))
+        assert repo.insert_all(Tag, rows).count == 45
+        assert repo.count(Tag) == 45
+
+
+@pytest.mark.parametrize("then", ["a block", "by hand"])
+def test_a_connection_that_was_lost_is_never_taken_for_another(repo: type[Repo], server: Server, then: str) -> None:
+    """Not even when SQLAlchemy has put another one in its place."""
+    with pytest.raises(TransactionDoomedError, match="the connection was lost"), repo.connection() as connection:
+        connection.execute(text("SET statement_timeout TO '77s'"))
+        run_sql(server, "postgres", "SELECT pg_terminate_backend(%s, 10000)", (pid(repo),))
+        with pytest.raises(DBAPIError):
+            repo.count(Tag)
+        if then == "a block":
+            with repo.connection():
+                repo.count(Tag)
+        else:
+            connection.rollback()
+            connection.execute(text("SELECT 1"))
+            repo.count(Tag)
     assert books_balance(repo)
 
 
