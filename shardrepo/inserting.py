@@ -55,8 +55,10 @@ from .session import HomeSession
 Row: TypeAlias = Mapping[str, Any]
 Via: TypeAlias = Literal["insert", "copy"]
 
-# Rows in one statement, and in memory at a time.
+# Rows in one statement, and twice as many in memory at a time; and how many times as many in a COPY, at whose end the
+# client waits until the server has caught up (2.5 ms, of 20 for 10,000 rows).
 CHUNK: Final = 10_000
+COPIED_CHUNKS: Final = 5
 
 # PostgreSQL's limit on the parameters of one statement
 # (https://www.postgresql.org/docs/current/protocol-message-formats.html, Bind: an Int16).
@@ -105,8 +107,9 @@ class Insertion:
         self.source = source if isinstance(source, Select) else None
         self._via = via
         self._check_options()
-        in_order = conflict is not None
-        self._chunks = iter(()) if isinstance(source, Select) else _chunks(destination, source, in_order=in_order)
+        size = CHUNK * COPIED_CHUNKS if via == "copy" else CHUNK
+        given: Iterable[Row] = () if isinstance(source, Select) else source
+        self._chunks = _chunks(destination, given, size, in_order=conflict is not None)
         self._ahead: list[list[Batch]] = []
         self.is_one_statement = False
 
@@ -187,10 +190,10 @@ class SeveralStatementsError(Exception):
     """Rows cannot be sent with one statement, and belong into a transaction."""
 
 
-def _chunks(destination: Destination, rows: Iterable[Row], *, in_order: bool) -> Iterator[list[Batch]]:
+def _chunks(destination: Destination, rows: Iterable[Row], size: int, *, in_order: bool) -> Iterator[list[Batch]]:
     """The rows, so many at a time, in batches with the same keys; *in_order* if one may be written over another."""
     waiting, start = iter(rows), 0
-    while chunk := list(islice(waiting, CHUNK)):
+    while chunk := list(islice(waiting, size)):
         kinds = set(map(type, chunk))
         for kind in kinds:
             if not issubclass(kind, Mapping):

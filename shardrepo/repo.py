@@ -460,7 +460,7 @@ class Repo:
         returning: Returning = False,
         via: Via = "insert",
     ) -> BulkResult:
-        """Insert rows, 10,000 of them with a statement: all or none; no rows, no statement.
+        """Insert rows, 10,000 of them with a statement, 50,000 with a COPY: all or none; no rows, no statement.
 
             >>> MyRepo.insert_all(User, ({"name": name} for name in names), returning=User.id) # doctest: +SKIP
 

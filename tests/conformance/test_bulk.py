@@ -60,7 +60,7 @@ def test_any_iterable_is_taken_a_chunk_at_a_time(
     with repo.transaction():
         assert repo.insert_all(Tag, rows(), via=via).count == 105
     assert sql("SELECT count(*), count(DISTINCT label) FROM tags") == [(105, 105)]
-    assert max(ahead) == 19
+    assert max(ahead) == (19 if via == "insert" else 99)
 
 
 def test_more_rows_than_a_statement_has_parameters(repo: type[Repo], sql: SQL) -> None:
