@@ -55,11 +55,12 @@ class Databases:
         self._directory = directory
         # Guards the making of config and cache, which happens once, and what follows.
         self._lock = threading.RLock()
-        # The same databases twice: by the choice that means it; by its home, and by who connects to it and how.
+        # What choices mean; of those that the directory has found, by its answer too, which is kept with it so that no
+        # other can take its place in memory.
         self._resolved: dict[Choice | None, Database] = {}
-        self._met: dict[str, dict[object, Database]] = {}
-        # By choice and answer of the directory, which is kept so that no other can take its place in memory.
-        self._found: dict[tuple[Choice | None, int], tuple[Location, Database]] = {}
+        self._found: dict[tuple[Choice, int], tuple[Location, Database]] = {}
+        # By which choice each home was found, by who connects to it and how. A choice, as a database may have moved.
+        self._met: dict[str, dict[object, Choice | None]] = {}
         _all.add(self)
         if not callable(source):
             self.config  # noqa: B018  # a wrong config fails where it is written
@@ -113,30 +114,34 @@ class Databases:
         return self._resolved.get(choice) or self._remember(choice)
 
     def _remember(self, choice: Choice | None) -> Database:
-        name = choice.bare_name if choice is not None else None
-        if name is not None and self.whereabouts is not None:
-            return self._located(choice, self.whereabouts.find(name))
+        if choice is not None and choice.bare_name is not None and self.whereabouts is not None:
+            return self._located(choice, self.whereabouts.find(choice.bare_name))
         database = self.config.locate(choice)
         with self._lock:
-            if len(self._resolved) >= MAX_RESOLVED:
-                self._resolved.clear()
-                self._met.clear()
-            # A password that has changed is the same user's.
-            self._met.setdefault(database.home, {})[database.username, database.query] = database
+            self._meet(choice, database, database.query)
             return self._resolved.setdefault(choice, database)
 
-    def _located(self, choice: Choice | None, location: Location) -> Database:
+    def _located(self, choice: Choice, location: Location) -> Database:
         """The database of a choice that the directory has found: the same one as long as it says the same."""
-        found = self._found.get((choice, id(location)))
+        key = choice, id(location)
+        found = self._found.get(key)
         if found is None:
             database = self.config.locate(choice, location)
             with self._lock:
-                if len(self._found) >= MAX_RESOLVED:
-                    self._found.clear()
-                    self._met.clear()
-                self._met.setdefault(database.home, {})[database.username, database.query] = database
-                found = self._found.setdefault((choice, id(location)), (location, database))
+                # Not the database's own query: its state, which may change, has put something into that.
+                self._meet(choice, database, dict(choice.options).get("query"))
+                found = self._found.setdefault(key, (location, database))
         return found[1]
+
+    def _meet(self, choice: Choice | None, database: Database, query: object) -> None:
+        """Note by which choice a home is found; with the lock held, before what the choice means is remembered."""
+        if len(self._resolved) + len(self._found) >= MAX_RESOLVED:
+            # All at once, so that what is found in one of them has been met since.
+            self._resolved.clear()
+            self._found.clear()
+            self._met.clear()
+        # A password that has changed is the same user's.
+        self._met.setdefault(database.home, {})[database.username, query] = choice
 
     @property
     def current(self) -> Database:
@@ -174,11 +179,12 @@ class Databases:
                 return self.current
         with self._lock:
             met = list(self._met.get(home, {}).values())
-        if len(met) == 1:
-            return met[0]
+        if len(met) == 1 and (database := self.resolve(met[0])).home == home:
+            return database
+        why = ("nobody has chosen it", "what was chosen there means another now", "several users have chosen it")
         raise WrongDatabaseError(
-            f"{home} is not the current database, and {'several users have' if met else 'nobody has'} chosen it "
-            "before, or only long ago: choose it with using(...)",
+            f"{home} is not the current database, and {why[min(len(met), 2)]} before, or only long ago: "
+            "choose it with using(...)",
             expected=home,
             found=None,
         )

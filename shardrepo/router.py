@@ -12,7 +12,6 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic, perf_counter
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar
 
 from sqlalchemy import text
@@ -41,8 +40,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 NO_OPTIONS: Final = CallOptions()
-
-_EMPTY: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +74,6 @@ class Router:
     def cache(self) -> ConnectionCache:
         return self.databases.cache
 
-    @property
-    def current(self) -> Database:
-        """The database that a verb would use now."""
-        return self.databases.current
-
     # Units of work
 
     def get(self, model: type[T], key: Any, options: reading.Options) -> T | None:
@@ -101,7 +93,7 @@ class Router:
         """`get`, for a row that has to be there."""
         found = self.get(model, key, options)
         if found is None:
-            raise NoResultFound(f"no {model.__name__} with primary key {key!r} in {self.current.home}")
+            raise NoResultFound(f"no {model.__name__} with primary key {key!r} in {self.databases.current.home}")
         return found
 
     def read(self, verb: Callable[Concatenate[HomeSession, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -160,11 +152,11 @@ class Router:
 
     def insert(self, obj: Any) -> None:
         """Insert *obj*; if that fails, it and what it refers to are as they were."""
-        self._write("insert", writing.insert, obj)
+        self._write("insert", writing.insert, obj, {})
 
     def upsert(self, obj: T, conflict: Conflict) -> T | None:
         """Insert *obj*, or do what *conflict* says; None where that is nothing, and *obj* is as it was."""
-        written = self._write("insert", lambda session, obj: writing.upsert(session, obj, conflict), obj)
+        written = self._write("insert", lambda session, obj: writing.upsert(session, obj, conflict), obj, {})
         return obj if written else None
 
     def update(self, obj: Any, changes: Mapping[str, Any]) -> None:
@@ -181,18 +173,18 @@ class Router:
 
     def delete(self, obj: Any) -> None:
         """Delete *obj*; if that fails, everything is as it was."""
-        self._write("delete", writing.delete, obj)
+        self._write("delete", writing.delete, obj, {})
 
     def _write(
         self,
         operation: str,
         verb: Callable[[HomeSession, Any], bool],
         obj: Any,
-        changes: Mapping[str, Any] = _EMPTY,
+        changes: Mapping[str, Any],
     ) -> bool:
         """Run a verb that writes *obj* and says whether it has; if it has not, *obj* is as it was."""
-        self.check_writable(operation)
         database = self.databases.current
+        self._check_writable(operation, database)
         deleting = verb is writing.delete
         snapshot = Snapshot(writing.touched(obj, changes, deleting=deleting))
         try:
@@ -219,9 +211,9 @@ class Router:
 
     def insert_all(self, insertion: inserting.Insertion) -> BulkResult:
         """Insert rows; without any, nothing is sent."""
-        self.check_writable("insert_all")
         # Before any row is taken: what yields the rows may choose other databases meanwhile.
         database = self.databases.current
+        self._check_writable("insert_all", database)
         insertion.begin()
         if insertion.is_empty:
             return insertion.nothing()
@@ -232,15 +224,17 @@ class Router:
 
     def update_all(self, query: Any, changes: bulk.Changes, returning: Returning) -> BulkResult:
         """Update every row that *query* selects."""
-        self.check_writable("update_all")
+        database = self.databases.current
+        self._check_writable("update_all", database)
         verb = partial(bulk.update_all, query=query, changes=changes, returning=returning)
-        return self._write_rows(self.databases.current, "update_all", verb, at_once=True)
+        return self._write_rows(database, "update_all", verb, at_once=True)
 
     def delete_all(self, query: Any, returning: Returning) -> BulkResult:
         """Delete every row that *query* selects."""
-        self.check_writable("delete_all")
+        database = self.databases.current
+        self._check_writable("delete_all", database)
         verb = partial(bulk.delete_all, query=query, returning=returning)
-        return self._write_rows(self.databases.current, "delete_all", verb, at_once=True)
+        return self._write_rows(database, "delete_all", verb, at_once=True)
 
     def _write_rows(self, database: Database, operation: str, verb: Callable[[HomeSession], T], *, at_once: bool) -> T:
         """Run a verb that writes rows without objects: *at_once* with one statement, else all or nothing."""
@@ -279,12 +273,12 @@ class Router:
         with self._session("to_sql", database, engine) as session:
             return plans.to_sql(session, query, engine.dialect, literal_binds=literal_binds)
 
-    def check_writable(self, operation: str) -> None:
-        """Raise `ReadOnlyError` if this repo only reads, or the directory says so of its current database."""
+    def _check_writable(self, operation: str, database: Database) -> None:
+        """Raise `ReadOnlyError` if this repo only reads, or the directory says that *database* is only read."""
         if self.databases.config.read_only:
             raise ReadOnlyError(f"{operation}() writes, and this repo's config says read_only=True: use another repo")
-        if self.databases.whereabouts is not None and self.databases.current.state == "read_only":
-            raise ReadOnlyError(f"{operation}() writes, and the directory says that {self.current.home} is read_only")
+        if database.state == "read_only":
+            raise ReadOnlyError(f"{operation}() writes, and the directory says that {database.home} is read_only")
 
     def _session(self, operation: str, database: Database, connection: Connection | Engine) -> HomeSession:
         options = self.context.options
@@ -448,7 +442,7 @@ class Router:
 
     def in_transaction(self) -> bool:
         """Whether the caller has a transaction open on the current database."""
-        transaction = self.context.transaction(self.current)
+        transaction = self.context.transaction(self.databases.current)
         return transaction is not None and transaction.owner.is_current
 
     # What is handed to the user
@@ -483,7 +477,7 @@ class Router:
 
     def engine(self) -> Engine:
         """The engine of the current database."""
-        return self.cache.engine(self.current)
+        return self.cache.engine(self.databases.current)
 
     def ping(self) -> float:
         """Open a connection, ask one question, close it; the seconds that it took."""
@@ -508,7 +502,7 @@ class Router:
 
     def create_database(self, database: Database, blueprint: catalog.Blueprint, *, if_not_exists: bool) -> bool:
         """Make *database*; False if it was there, and might be."""
-        self.check_writable("create_database")
+        self._check_writable("create_database", database)
         checked_flag("if_not_exists")(if_not_exists)
         with self._maintaining("create_database", database) as connection:
             if blueprint.template is not None:
@@ -517,7 +511,7 @@ class Router:
 
     def drop_database(self, database: Database, *, force: bool, if_exists: bool) -> bool:
         """Drop *database*; False if it was not there, and need not be."""
-        self.check_writable("drop_database")
+        self._check_writable("drop_database", database)
         checked_flag("force")(force)
         checked_flag("if_exists")(if_exists)
         self._check_dispensable(database)
@@ -527,7 +521,7 @@ class Router:
 
     def rename_database(self, database: Database, name: str) -> None:
         """Give *database* another name."""
-        self.check_writable("rename_database")
+        self._check_writable("rename_database", database)
         checked_name("database", name)
         self._check_dispensable(database)
         with self._maintaining("rename_database", database) as connection:

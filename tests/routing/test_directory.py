@@ -22,6 +22,7 @@ from shardrepo import (
     Repo,
     UnknownDatabaseError,
     WrongDatabaseError,
+    databases,
     directory,
 )
 from shardrepo.directory import Location, Servers, Static, Table
@@ -446,6 +447,92 @@ def test_an_id_is_a_home_that_survives_a_move(
     assert run_sql(servers[0], old, "SELECT name FROM users") == [("Ada",)]
     with repo.using("other"), pytest.raises(WrongDatabaseError):
         repo.update(user, name="wrong")
+
+
+def test_an_object_is_read_where_its_database_is_now(
+    make_repo: Callable[..., type[Repo]], servers: RealServers, make_databases: Callable[..., list[str]]
+) -> None:
+    """`reload` and `preload` of what belongs to another database ask the directory, as a verb on it would."""
+    (old,) = make_databases(1, on=servers[0])
+    (new,) = make_databases(1, on=servers[1])
+    book = Book({"acme": {**address(servers[0]), "database": old, "id": "tenant-7"}})
+    repo = make_repo("postgres", directory=book, directory_ttl=0.05)
+    with repo.using("acme"):
+        user = repo.insert(User(name="Ada"))
+    run_sql(servers[1], new, "INSERT INTO users (id, name, age) VALUES (%s, 'moved', 0)", (user.id,))
+    book.locations["acme"] = {**address(servers[1]), "database": new, "id": "tenant-7"}
+
+    def name_now() -> str:
+        found = repo.reload(user)
+        assert found is not None
+        return found.name
+
+    await_(lambda: name_now() == "moved")
+    book.locations["acme"] = {**address(servers[1]), "database": new, "id": "tenant-8"}
+
+    def refused() -> bool:
+        try:
+            repo.reload(user)
+        except WrongDatabaseError:
+            return True
+        return False
+
+    await_(refused)
+
+
+def test_a_change_of_state_makes_no_second_user(
+    make_repo: Callable[..., type[Repo]], book: Book, shards: dict[str, Server]
+) -> None:
+    """Objects of a database that was read-only for a while are still read from it, by the one who has chosen it."""
+    name = next(iter(shards))
+    repo = make_repo("postgres", directory=book, directory_ttl=0.05)
+    with repo.using(name):
+        user = repo.insert(User(name="Ada"))
+        book.locations[name] |= {"state": "read_only"}
+        await_(lambda: repo.get_database().state == "read_only")
+    assert repo.reload(user) is not None
+    del book.locations[name]["state"]
+    with repo.using(name):
+        await_(lambda: repo.get_database().state == "active")
+    assert repo.reload(user) is not None
+
+
+def test_what_is_chosen_again_is_met_again(
+    make_repo: Callable[..., type[Repo]], book: Book, shards: dict[str, Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many others were chosen since, of those that a directory knows and of those that name their server."""
+    monkeypatch.setattr(databases, "MAX_RESOLVED", 8)
+    one, *_, other = shards
+    repo = make_repo("postgres", directory=book)
+    complete = {"database": other, **address(shards[other])}
+    objects = []
+    for choice in (one, complete):
+        with repo.using(choice):
+            objects.append(repo.insert(User(name="Ada")))
+    for number in range(40):
+        book.locations[f"db{number}"] = address(shards[one])
+        for passing in (f"db{number}", {"database": f"db{number}", "host": "db09"}):
+            with repo.using(passing):
+                repo.get_database()
+            for choice, user in zip((one, complete), objects, strict=True):
+                with repo.using(choice):
+                    repo.get_database()
+                assert repo.reload(user) is not None
+
+
+def test_databases_are_made_whatever_is_current(
+    make_repo: Callable[..., type[Repo]], book: Book, shards: dict[str, Server], server: Server
+) -> None:
+    """What the directory says of the current database, or that there is none, says nothing of another."""
+    name = next(iter(shards))
+    book.locations[name] |= {"state": "read_only"}
+    repo = make_repo("postgres", directory=book, require_database=True)
+    made = {"database": f"{name}made", **address(server)}
+    with repo.using(name):
+        assert repo.create_database(made)
+    assert repo.drop_database(made)
+    with pytest.raises(ReadOnlyError, match="is read_only"):
+        repo.drop_database(name)
 
 
 BAD_ANSWERS: dict[str, tuple[Any, str]] = {
