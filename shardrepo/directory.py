@@ -12,7 +12,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from time import monotonic
@@ -244,19 +244,12 @@ def _awaited(answer: Any) -> Any:
     """What a function has returned, or what it is awaited for, in a loop of its own: this thread's may be running."""
     if not inspect.isawaitable(answer):
         return answer
-    done: Future[Any] = Future()
 
     async def wait() -> Any:
         return await answer
 
-    def run() -> None:
-        try:
-            done.set_result(asyncio.run(wait()))
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name="shardrepo-directory", daemon=True).start()
-    return done.result()
+    with ThreadPoolExecutor(1, "shardrepo-directory") as thread:
+        return thread.submit(asyncio.run, wait()).result()
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,33 +303,26 @@ class Whereabouts:
             )
         return location
 
-    def forget(self, name: str) -> None:
-        """Ask again when it is next needed."""
-        with self._lock:
-            self._known.pop(name, None)
-
     def list_databases(self) -> list[Location]:
         """All databases, by name, as the directory has them now."""
         with self._apart():
             return sorted(self._directory.list_databases(self._connect), key=lambda location: location.name)
 
     def _ask(self, name: str) -> Location | None:
+        mine: Future[Location | None] = Future()
         with self._lock:
-            thread, answer = self._asking.setdefault(name, (threading.current_thread(), Future()))
-            mine = thread is threading.current_thread() and not answer.running()
-            if mine:
-                answer.set_running_or_notify_cancel()
-        if not mine:
+            thread, answer = self._asking.setdefault(name, (threading.current_thread(), mine))
+        if answer is not mine:
             if thread is threading.current_thread():
                 raise ConfigError(f"the directory asks itself where {name!r} is: have it ask another repo")
             return answer.result()
         try:
             location = self._told(name)
         except BaseException as error:
-            answer.set_exception(error)
+            mine.set_exception(error)
             raise
         else:
-            answer.set_result(location)
+            mine.set_result(location)
             return location
         finally:
             with self._lock:
