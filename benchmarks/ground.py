@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import create_engine, insert
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool
 
@@ -76,6 +76,16 @@ class Ground:
         repo = type("BenchRepo", (Repo,), {}, config={"url": self.server.url(database), "pool_size": pool_size})
         self.repos.append(repo)
         return repo
+
+    @contextmanager
+    def engines(self, database: str) -> Iterator[tuple[Engine, Engine]]:
+        """SQLAlchemy's own to compare with: one as it comes, and one that is AUTOCOMMIT and sends no ROLLBACK."""
+        url = self.url(database)
+        default = create_engine(url)
+        autocommit = create_engine(url, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
+        yield default, autocommit
+        default.dispose()
+        autocommit.dispose()
 
     def url(self, database: str) -> URL:
         return self.server.url(database)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sqlalchemy import ForeignKey, create_engine, event, insert, select
+from sqlalchemy import ForeignKey, event, insert, select
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, selectinload
 
@@ -46,11 +46,8 @@ class Post(Base):
 
 
 def run(ground: Ground) -> Iterator[Figure]:
-    with ground.databases(1) as (database,):
+    with ground.databases(1) as (database,), ground.engines(database) as (default, autocommit):
         repo = ground.repo(database, pool_size=20)
-        url = ground.url(database)
-        default = create_engine(url)
-        autocommit = create_engine(url, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
         _fill(default)
         whole = select(Author).options(selectinload(Author.posts))
 
@@ -66,8 +63,6 @@ def run(ground: Ground) -> Iterator[Figure]:
         for name, engine in (REPO, repo.engine()), (AUTOCOMMIT, autocommit), (SESSION, default):
             _check(name, engine, subjects[name])
         timings = interleave(subjects, rounds=_ROUNDS, calls=_CALLS)
-        default.dispose()
-        autocommit.dispose()
     yield timings.ratio(f"{AUTOCOMMIT}, over {REPO}: how many times as fast", AUTOCOMMIT, REPO, Goal("≥", 1.0))
     yield timings.ratio(f"{SESSION}, over {REPO}: how many times as fast", SESSION, REPO)
     yield from map(timings.time, subjects)

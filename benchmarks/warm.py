@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
-from sqlalchemy import bindparam, create_engine, select
+from sqlalchemy import bindparam, select
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
@@ -27,11 +27,8 @@ _PREPARED_AFTER = 5
 
 
 def run(ground: Ground) -> Iterator[Figure]:
-    with ground.databases(1) as (database,):
+    with ground.databases(1) as (database,), ground.engines(database) as (default, autocommit):
         repo = ground.repo(database, pool_size=20)
-        url = ground.url(database)
-        default = create_engine(url)
-        autocommit = create_engine(url, isolation_level="AUTOCOMMIT", skip_autocommit_rollback=True)
         keys = itertools.cycle(range(1, ROWS + 1)).__next__
         users: Any = User.__table__
         objects = select(User).where(User.id == bindparam("key"))
@@ -61,8 +58,6 @@ def run(ground: Ground) -> Iterator[Figure]:
         for name, engine in (REPO, repo.engine()), (CORE, autocommit):
             _check_prepared(name, engine)
         timings = interleave(subjects, rounds=_ROUNDS, calls=_CALLS)
-        default.dispose()
-        autocommit.dispose()
     yield timings.ratio(f"{SESSION} over {REPO}: how many times as fast", SESSION, REPO, Goal("≥", 2.5))
     yield timings.ratio(f"{EXECUTE}, over {REPO}: how many times as fast", EXECUTE, REPO)
     yield timings.ratio(f"{REPO} over {CORE}", REPO, CORE, Goal("≤", 1.6))

@@ -88,10 +88,7 @@ def update_all(session: HomeSession, query: Any, changes: Changes, returning: Re
 
 def delete_all(session: HomeSession, query: Any, returning: Returning) -> BulkResult:
     destination = destination_of(query)
-    if not destination.is_one_table:
-        raise ValueError(
-            f"{destination.name} is stored in several tables, and delete_all() deletes from one: use delete()"
-        )
+    destination.check_one_table("delete_all() deletes from one: use delete()")
     return _everywhere(session, destination, query, sql_delete(destination.table), returning)
 
 
@@ -118,10 +115,8 @@ def _everywhere(
     if where is not None:
         statement = statement.where(where)
     asked = wanted(destination, returning)
-    if asked == "objects" and not destination.is_one_table:
-        raise ValueError(
-            f"{destination.name} is stored in several tables, and returning=True returns of one: name columns"
-        )
+    if asked == "objects":
+        destination.check_one_table("returning=True returns of one: name columns")
     if asked is None:
         return BulkResult(session.execute(statement).rowcount, None)  # type: ignore[attr-defined]  # a CursorResult
     rows = returned(session, destination, statement, asked)

@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError
 
 from .database import checked_name
+from .errors import sqlstate_of
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html. Of two who make the same database at once, the server
 # stops one at its look-up, or at the unique index of pg_database.
@@ -60,7 +61,7 @@ def create(connection: Connection, name: str, blueprint: Blueprint, *, if_not_ex
                 owner=blueprint.owner,
             )
     except DBAPIError as error:
-        if not if_not_exists or _sqlstate(error) not in _EXISTS:
+        if not if_not_exists or sqlstate_of(error) not in _EXISTS:
             raise
         return False
     return True
@@ -72,7 +73,7 @@ def drop(connection: Connection, name: str, *, force: bool, if_exists: bool) -> 
         with _remedy("end what is connected to it, or drop it with force=True, which does that"):
             _run(connection, "DROP DATABASE {name} WITH (FORCE)" if force else "DROP DATABASE {name}", name=name)
     except DBAPIError as error:
-        if not if_exists or _sqlstate(error) != _MISSING:
+        if not if_exists or sqlstate_of(error) != _MISSING:
             raise
         return False
     return True
@@ -107,10 +108,6 @@ def _remedy(remedy: str) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        if _sqlstate(error) == _IN_USE:
+        if sqlstate_of(error) == _IN_USE:
             error.add_note(remedy)
         raise
-
-
-def _sqlstate(error: DBAPIError) -> str | None:
-    return getattr(error.orig, "sqlstate", None)

@@ -8,13 +8,11 @@ from typing import Any, Final, Literal, Self, TypeAlias, cast
 
 from sqlalchemy import Column, ColumnElement, Constraint, Index, Integer
 from sqlalchemy.dialects.postgresql import Insert
-from sqlalchemy.orm import InstrumentedAttribute
 
-from .destination import Destination
+from .destination import Destination, Named
 from .errors import unknown
 from .session import is_written
 
-Named: TypeAlias = str | InstrumentedAttribute[Any] | Column[Any]
 Values: TypeAlias = Mapping[Any, Any]
 OnConflict: TypeAlias = (
     Literal["raise", "nothing", "replace"] | Named | Iterable[Named] | Values | Callable[[Any], Mapping[Any, Any]]
@@ -59,8 +57,7 @@ class Conflict:
             if target is not None:
                 raise ValueError("conflict_target= means nothing with on_conflict='raise': say what to do instead")
             return None
-        if not destination.is_one_table:
-            raise ValueError(f"{destination.name} is stored in several tables, and ON CONFLICT is about one: insert it")
+        destination.check_one_table("ON CONFLICT is about one: insert it")
         found = _target(destination, target)
         if not found and word != "nothing":
             raise ValueError("conflict_target= is missing: name the columns or the constraint whose conflict is meant")
@@ -93,12 +90,11 @@ def _values(destination: Destination, target: Mapping[str, Any], action: Any) ->
         return None if action == "nothing" else lambda excluded: {each: excluded[each.key] for each in replaced}
     if callable(action):
         return cast("Callable[[Any], Values]", action)
-    given = action if isinstance(action, Mapping) else _names(action)
-    columns = [destination.column(name) for name in given]
+    columns = destination.named(action)
     if not columns:
         raise ValueError("on_conflict= names no column to write: say 'nothing' to leave the row as it is")
-    if isinstance(given, Mapping):
-        return lambda _: given
+    if isinstance(action, Mapping):
+        return lambda _: action
     return lambda excluded: {each: excluded[each.key] for each in columns}
 
 
@@ -111,10 +107,6 @@ def _replaced(destination: Destination, found_by: Collection[Column[Any]]) -> li
     ]
 
 
-def _names(named: Any) -> list[Any]:
-    return [named] if isinstance(named, str | InstrumentedAttribute | Column) else list(named)
-
-
 def _target(destination: Destination, target: Target | None) -> dict[str, Any]:
     if target is None:
         return {}
@@ -123,11 +115,8 @@ def _target(destination: Destination, target: Target | None) -> dict[str, Any]:
     if isinstance(target, str) and target not in destination.columns:
         table = destination.table
         every: tuple[Any, ...] = (*table.constraints, *table.indexes)
-        named = {str(each.name): each for each in every if each.name}
-        if target in named:
-            return {"constraint": named[target]}
-        return {"constraint": target}
-    elements = [destination.column(name) for name in _names(target)]
+        return {"constraint": next((each for each in every if each.name == target), target)}
+    elements = destination.named(target)
     if not elements:
         raise ValueError("conflict_target= names no column: leave it out, or name some")
     return {"index_elements": elements}

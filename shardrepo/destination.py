@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Final, Self, TypeAlias
 
 from sqlalchemy import Column, Table
-from sqlalchemy.orm import Mapper, QueryableAttribute
+from sqlalchemy.orm import InstrumentedAttribute, Mapper, QueryableAttribute
 
 from .errors import unknown
 from .session import mapper_of
+
+Named: TypeAlias = str | InstrumentedAttribute[Any] | Column[Any]
+
+_ONE: Final = (str, InstrumentedAttribute, Column)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,15 @@ class Destination:
             if any(column is each for each in meant):
                 return column
         raise ValueError(f"{named} is no column of {self.name}: name one of {', '.join(sorted(self.columns))}")
+
+    def named(self, given: Any) -> list[Column[Any]]:
+        """The columns that one attribute, column or name means, or several of them."""
+        return [self.column(each) for each in ([given] if isinstance(given, _ONE) else given)]
+
+    def check_one_table(self, why: str) -> None:
+        """Raise `ValueError`, which says *why*, unless a row goes to one table alone."""
+        if not self.is_one_table:
+            raise ValueError(f"{self.name} is stored in several tables, and {why}")
 
     def check(self, names: Iterable[object]) -> None:
         """Raise `ValueError` unless every one of *names* is a column."""

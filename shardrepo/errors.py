@@ -230,6 +230,11 @@ class StaleError(ShardRepoError, StaleDataError):
         self.home = home
 
 
+def sqlstate_of(error: sa_exc.DBAPIError) -> str | None:
+    """What the server has called an error; None if it is the driver's own, and nothing was sent."""
+    return getattr(error.orig, "sqlstate", None)
+
+
 def unknown(kind: str, given: str, known: Iterable[str], meant: str | None = None) -> str:
     """Say that *given* is no *kind*, and which of the *known* was probably meant: the nearest, unless that is said."""
     names = sorted(known)

@@ -10,7 +10,7 @@ from sqlalchemy.exc import PendingRollbackError
 
 from .database import Database
 from .errors import TransactionDoomedError
-from .pool import driver_of, is_at_rest, set_autocommit
+from .pool import driver_of, set_autocommit
 from .transaction import Held
 
 
@@ -50,7 +50,7 @@ class Pinned(Held):
         connection, lost = self.connection, self._is_lost
         if not lost and self._depth > 0:
             return
-        if not lost and is_at_rest(connection):
+        if not lost and self._taken.is_at_rest:
             # What SQLAlchemy takes for a transaction, around statements that were committed one by one.
             connection.commit()
             return

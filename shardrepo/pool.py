@@ -460,30 +460,23 @@ def autocommit(connection: Connection) -> None:
 def set_autocommit(connection: Connection, mode: bool) -> None:
     """Have each statement on a connection that a block holds be committed by itself, or none; as a transaction left
     it, whose mode is over."""
-    dbapi_connection = record_of(connection).dbapi_connection
-    assert dbapi_connection is not None
+    dbapi_connection = driver_of(connection)
     if dbapi_connection.is_at_rest:
         dbapi_connection.begin_as(None, read_only=False, deferrable=False)
     dbapi_connection.set_autocommit_mode(mode)
 
 
-def driver_of(connection: Connection) -> DriverConnection | None:
-    """The driver's own connection behind *connection*."""
-    return record_of(connection).dbapi_connection
-
-
-def is_at_rest(connection: Connection) -> bool:
-    """Whether *connection* is in no transaction, for the server."""
+def driver_of(connection: Connection) -> DriverConnection:
+    """The driver's own connection behind *connection*, which was not lost."""
     dbapi_connection = record_of(connection).dbapi_connection
-    return dbapi_connection is not None and dbapi_connection.is_at_rest
+    assert dbapi_connection is not None
+    return dbapi_connection
 
 
 def begin_as(connection: Connection, mode: Mode) -> None:
     """Have the next transaction on *connection* run in *mode*."""
     if mode.isolation or mode.read_only:
-        dbapi_connection = record_of(connection).dbapi_connection
-        assert dbapi_connection is not None
-        dbapi_connection.begin_as(mode.isolation, read_only=mode.read_only, deferrable=mode.deferrable)
+        driver_of(connection).begin_as(mode.isolation, read_only=mode.read_only, deferrable=mode.deferrable)
 
 
 @contextmanager

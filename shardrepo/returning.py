@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from sqlalchemy import Column, select
-from sqlalchemy.orm import InstrumentedAttribute
 
-from .destination import Destination
+from .destination import Destination, Named
 from .reading import unique
 from .session import HomeSession
 
-Named: TypeAlias = str | InstrumentedAttribute[Any] | Column[Any]
 Returning: TypeAlias = bool | Named | Sequence[Named]
 
 # The same, checked; of a `Table` "objects" are rows of all its columns.
@@ -37,11 +35,7 @@ def wanted(destination: Destination, returning: Returning) -> Wanted:
     """Check what is to be returned; `ValueError` for what is no column."""
     if isinstance(returning, bool):
         return "objects" if returning else None
-    listed: Iterable[Named] = [returning] if isinstance(returning, _ONE) else returning
-    return tuple(destination.column(each) for each in listed) or None
-
-
-_ONE: Final = (str, InstrumentedAttribute, Column)
+    return tuple(destination.named(returning)) or None
 
 
 def returned(
