@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, TypeAlias
 
 import psycopg
 import pytest
@@ -29,6 +29,9 @@ TEMPLATE = "template_app"
 
 # Whether what takes minutes runs too, as in `make test-all`.
 LONG = bool(os.environ.get("SHARDREPO_LONG"))
+
+# Runs a statement, with its parameters, past the repo; returns the rows.
+SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 _numbers = itertools.count(1)
 

@@ -10,7 +10,7 @@ import pytest
 from shardrepo import Repo
 from shardrepo.testing.servers import Server
 
-from ..conftest import contents, plant_decoys, run_sql
+from ..conftest import SQL, contents, plant_decoys, run_sql
 
 
 @pytest.fixture(params=["default", "chosen"])
@@ -39,7 +39,7 @@ def repo(
 
 
 @pytest.fixture
-def sql(server: Server, two_databases: tuple[str, str]) -> Callable[..., list[tuple[Any, ...]]]:
+def sql(server: Server, two_databases: tuple[str, str]) -> SQL:
     """Run SQL on the database that the repo is to use, past the repo; returns the rows."""
     used, _ = two_databases
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import ChainMap, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from sqlalchemy import column, func, inspect, literal, select, text, values
@@ -13,11 +13,10 @@ from sqlalchemy.orm import aliased
 
 from shardrepo import BulkResult, ConstraintError, Repo, inserting
 
+from ..conftest import SQL
 from ..models import Account, Animal, Dog, Note, Numbered, Place, Post, Tag, User, post_tags
 
 pytestmark = pytest.mark.verbs
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 
 # insert_all

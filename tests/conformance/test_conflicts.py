@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from sqlalchemy import UniqueConstraint, inspect
@@ -16,12 +16,11 @@ from shardrepo import BulkResult, ConstraintError, Repo, WrongDatabaseError
 from shardrepo.conflicts import Conflict
 from shardrepo.destination import Destination
 
+from ..conftest import SQL
 from ..models import Account, Dog, Note, Place, Post, Tag, User
 from .test_writing import picture
 
 pytestmark = pytest.mark.verbs
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 
 @pytest.fixture

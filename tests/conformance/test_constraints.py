@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from sqlalchemy import insert, text
@@ -12,11 +12,10 @@ from sqlalchemy.exc import IntegrityError
 
 from shardrepo import ConfigError, ConstraintError, Repo, TransactionDoomedError
 
+from ..conftest import SQL
 from ..models import Note, Place, Post, Tag, User
 
 pytestmark = pytest.mark.verbs
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 
 @pytest.fixture(autouse=True)

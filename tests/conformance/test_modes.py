@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from time import monotonic
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from psycopg.errors import ReadOnlySqlTransaction
@@ -19,11 +18,10 @@ from shardrepo import (
     TransactionOwnerError,
 )
 
+from ..conftest import SQL
 from ..models import Tag
 
 pytestmark = pytest.mark.verbs
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 SHOWN = (
     "SELECT current_setting('transaction_isolation'), current_setting('transaction_read_only'), "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from sqlalchemy import Select, event, select, text
@@ -15,11 +15,10 @@ from sqlalchemy.orm import selectinload, with_loader_criteria
 from shardrepo import ConfigError, Database, DatabaseFilter, ReadOnlyError, Repo
 from shardrepo.event import Event, listens_for
 
+from ..conftest import SQL
 from ..models import Chapter, Note, Post, Tag, User
 
 pytestmark = pytest.mark.verbs
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 
 # execution_options

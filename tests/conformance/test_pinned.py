@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from sqlalchemy import event, text
@@ -21,12 +21,10 @@ from shardrepo import (
 )
 from shardrepo.testing.servers import Server
 
-from ..conftest import await_, books_balance, connections_of, run_sql
+from ..conftest import SQL, await_, books_balance, connections_of, run_sql
 from ..models import Post, Tag, User
 
 pytestmark = pytest.mark.verbs
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 
 def pid(repo: type[Repo]) -> int:

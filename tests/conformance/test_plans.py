@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from sqlalchemy import delete, insert, select, text, update
@@ -11,11 +10,10 @@ from sqlalchemy import delete, insert, select, text, update
 from shardrepo import Repo
 from shardrepo.testing.servers import Server, count_statements
 
+from ..conftest import SQL
 from ..models import Dog, Post, Tag, User
 
 pytestmark = pytest.mark.verbs
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 QUERIES: dict[str, tuple[Any, dict[str, Any] | None, str]] = {
     "a class": (User, None, "Seq Scan on users"),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from decimal import Decimal
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from sqlalchemy import func, select, text
@@ -12,11 +11,10 @@ from sqlalchemy.orm import aliased, joinedload, selectinload
 
 from shardrepo import Repo
 
+from ..conftest import SQL
 from ..models import Dog, Place, Post, Shelf, Tag, User
 
 pytestmark = pytest.mark.verbs
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 
 @pytest.fixture(autouse=True)

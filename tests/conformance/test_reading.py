@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from sqlalchemy import delete, func, insert, inspect, select, text, update
@@ -13,11 +13,10 @@ from sqlalchemy.orm.exc import DetachedInstanceError
 
 from shardrepo import Repo
 
+from ..conftest import SQL
 from ..models import Animal, Book, Chapter, Dog, Place, Post, Shelf, Tag, User
 
 pytestmark = pytest.mark.verbs
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from sqlalchemy import inspect, select
@@ -12,11 +12,10 @@ from sqlalchemy.orm import joinedload, load_only, selectinload
 
 from shardrepo import Repo, WrongDatabaseError
 
+from ..conftest import SQL
 from ..models import Book, Chapter, Dog, Place, Post, Shelf, Tag, User
 
 pytestmark = pytest.mark.verbs
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
-
 import pytest
 from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import InvalidRequestError
@@ -13,12 +10,10 @@ from sqlalchemy.orm import Session, selectinload
 from shardrepo import Database, Repo, RepoDisposedError, RoutedSession, Stats, WrongDatabaseError
 from shardrepo.testing.servers import Server
 
-from ..conftest import await_connections, books_balance, connections_of
+from ..conftest import SQL, await_connections, books_balance, connections_of
 from ..models import Book, Post, Shelf, Tag, User
 
 pytestmark = pytest.mark.verbs
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 
 def app_name(repo: type[Repo]) -> str:

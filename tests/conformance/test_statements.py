@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, event, insert, select, text
@@ -14,11 +14,10 @@ from sqlalchemy.orm import Mapper, Session, joinedload, selectinload
 from shardrepo import Repo
 from shardrepo.testing.servers import Server, count_statements
 
+from ..conftest import SQL
 from ..models import Account, Book, Chapter, Dog, Place, Post, Shelf, Tag, User
 
 pytestmark = pytest.mark.verbs
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 
 class Sent:

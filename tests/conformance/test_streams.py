@@ -6,9 +6,8 @@ import contextvars
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from psycopg.errors import ReadOnlySqlTransaction
@@ -19,14 +18,12 @@ from sqlalchemy.orm import joinedload, selectinload
 from shardrepo import Repo, TransactionDoomedError, TransactionOwnerError
 from shardrepo.testing.servers import Server
 
-from ..conftest import LONG, await_, run_sql
+from ..conftest import LONG, SQL, await_, run_sql
 from ..models import Post, Tag, User
 
 pytestmark = pytest.mark.verbs
 
 ROOT = Path(__file__).parents[2]
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 
 @pytest.fixture(autouse=True)

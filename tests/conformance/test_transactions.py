@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from sqlalchemy import inspect
@@ -19,11 +19,10 @@ from shardrepo import (
     WrongDatabaseError,
 )
 
+from ..conftest import SQL
 from ..models import Account, Post, Tag, User
 
 pytestmark = pytest.mark.verbs
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 
 class Stop(BaseException):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from sqlalchemy import event, inspect
@@ -14,11 +14,10 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from shardrepo import BulkResult, Repo, ShardRepoError, StaleError
 
+from ..conftest import SQL
 from ..models import Account, Animal, Book, Chapter, Dog, Place, Post, Shelf, Tag, User
 
 pytestmark = pytest.mark.verbs
-
-SQL: TypeAlias = Callable[..., list[tuple[Any, ...]]]
 
 
 def picture(*objects: Any) -> list[Any]:
