@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NoReturn, Self, TypeAlias, TypedDict, cast
 
 from sqlalchemy.engine import URL
@@ -139,6 +139,10 @@ class Database:
     def url(self) -> URL:
         """The address as a SQLAlchemy URL, without the password."""
         return URL.create("postgresql+psycopg", self.username, None, self.host, self.port, self.name, dict(self.query))
+
+    def neighbour(self, name: str) -> Database:
+        """Another database on the same server, for the same user."""
+        return replace(self, name=name, id=None, state="active")
 
     def __repr__(self) -> str:
         who = f"{self.username}@" if self.username else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, Concatenate, Final, NoReturn, ParamSpec, TypeVar
@@ -506,7 +506,7 @@ class Router:
         checked_flag("if_not_exists")(if_not_exists)
         with self._maintaining("create_database", database) as connection:
             if blueprint.template is not None:
-                self.cache.disconnect(replace(database, name=blueprint.template))
+                self.cache.disconnect(database.neighbour(blueprint.template))
             return catalog.create(connection, database.name, blueprint, if_not_exists=if_not_exists)
 
     def drop_database(self, database: Database, *, force: bool, if_exists: bool) -> bool:
@@ -536,7 +536,7 @@ class Router:
     @contextmanager
     def _maintaining(self, operation: str, database: Database) -> Iterator[Connection]:
         """A connection for one call about *database*, to its server's maintenance database."""
-        there = replace(database, name=self.databases.config.maintenance_database)
+        there = database.neighbour(self.databases.config.maintenance_database)
         with _noted(database), self._transient(operation, there) as connection:
             yield connection
 

@@ -535,6 +535,21 @@ def test_databases_are_made_whatever_is_current(
         repo.drop_database(name)
 
 
+def test_a_template_is_let_go_of_though_the_copy_has_an_id(
+    make_repo: Callable[..., type[Repo]], book: Book, shards: dict[str, Server], server: Server
+) -> None:
+    """Another database on the same server is another one, whatever home the first one has."""
+    template = next(iter(shards))
+    book.locations["acme"] = {**address(server), "database": f"{template}made", "id": "tenant-7"}
+    repo = make_repo("postgres", directory=book)
+    assert here(repo, template) == template
+    assert repo.create_database("acme", template=template)
+    try:
+        assert here(repo, "acme") == f"{template}made"
+    finally:
+        assert repo.drop_database("acme")
+
+
 BAD_ANSWERS: dict[str, tuple[Any, str]] = {
     "no mapping": (7, "by a mapping of options, not by 7"),
     "an unknown option": ({"hots": "db01"}, "did you mean 'host'"),
