@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -28,6 +28,7 @@ from .errors import ConfigError, NoDatabaseError, unknown
 from .places import Bounds
 
 ConfigSource: TypeAlias = "str | URL | Mapping[str, Any] | Callable[[], str | URL | Mapping[str, Any]]"
+RequireHead: TypeAlias = Literal["off", "warn", "raise"]
 
 _POOL_SIZE: Final = 20
 
@@ -106,6 +107,13 @@ class Config:
         engine_options: Arguments for ``create_engine``, those of the pool excepted.
         directory: What knows where a database lives that is chosen by its name alone; see `shardrepo.directory`.
         directory_ttl: Seconds for which its answers are believed; that there is no such database for 5 at most.
+        verify_database: Whether each new connection is asked which database it leads to, by the server's own word: a
+            pooler or a directory may send it to another one than its address says.
+        require_head: What becomes of a new connection to a database that lacks revisions of `script_location`, more
+            than the last one: "off" for nothing, "warn" for a log record, "raise" for `DatabaseBehindError`.
+        script_location: Where the schema's Alembic scripts are: a folder, or a package's as ``package:folder``.
+        version_table: Where Alembic notes a database's revision, as ``table`` or ``schema.table``.
+        template_database: The database of each server that new ones are copies of, kept at head; see `shardrepo.fleet`.
     """
 
     address: Mapping[str, Any] = field(repr=False)
@@ -129,6 +137,11 @@ class Config:
     engine_options: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
     directory: Directory | None = None
     directory_ttl: float = 60.0
+    verify_database: bool = False
+    require_head: RequireHead = "off"
+    script_location: str | None = None
+    version_table: str = "alembic_version"
+    template_database: str | None = None
 
     @classmethod
     def of(cls, source: ConfigSource) -> Config:
@@ -155,6 +168,11 @@ class Config:
             raise ConfigError(
                 "read_only=True contradicts pgbouncer=True, which cannot be told: "
                 "use a role with ALTER ROLE … SET default_transaction_read_only = on"
+            )
+        if config.require_head != "off" and config.script_location is None:
+            raise ConfigError(
+                f"require_head={config.require_head!r} needs to know where the migrations are: add script_location, "
+                "their folder, or package:folder"
             )
         config._check_pooled("connect_args", config.connect_args)
         config._check_pooled("the query", dict(address.get("query", ())))
@@ -258,6 +276,20 @@ def _checked_text(name: str, value: object) -> str:
     return value
 
 
+def _checked_word(name: str, value: object, known: Sequence[str]) -> str:
+    if value not in known:
+        raise ConfigError(unknown(name, str(value), known))
+    return str(value)
+
+
+def _checked_table(name: str, value: object) -> str:
+    for part in (parts := _checked_text(name, value).split(".")):
+        checked_name(name, part)
+    if len(parts) > 2:
+        raise ConfigError(f"{name} must be table or schema.table, not {value!r}")
+    return ".".join(parts)
+
+
 def _checked_count(name: str, remedy: str, *, optional: bool = False) -> Callable[[object], int | None]:
     def check(value: object) -> int | None:
         if value is None and optional:
@@ -309,8 +341,12 @@ _SETTINGS: Final[Mapping[str, Callable[[object], Any]]] = {
         name: checked_seconds(name, optional=True)
         for name in ("idle_timeout", "max_lifetime", "check_after", "warn_after")
     },
-    **{name: checked_flag(name) for name in ("require_database", "read_only", "pgbouncer")},
+    **{name: checked_flag(name) for name in ("require_database", "read_only", "pgbouncer", "verify_database")},
+    "require_head": lambda value: _checked_word("require_head", value, get_args(RequireHead)),
+    "script_location": lambda value: None if value is None else _checked_text("script_location", value),
+    "version_table": lambda value: _checked_table("version_table", value),
     "maintenance_database": lambda value: checked_name("maintenance_database", value),
+    "template_database": lambda value: None if value is None else checked_name("template_database", value),
     "application_name": lambda value: _checked_text("application_name", value),
     "connect_args": _checked_mapping(
         "connect_args", _OWN_CONNECT_ARGS, "the config's own settings say where and how to connect"

@@ -101,6 +101,39 @@ class DatabaseStateError(ShardRepoError):
         self.state = state
 
 
+class DatabaseBehindError(ShardRepoError):
+    """A database lacks revisions that this application's migrations have, and ``require_head="raise"``. Nothing was
+    sent to it but the question.
+
+    Attributes:
+        database: The database.
+        found: The revisions that it is at; () if it has none.
+        heads: Those that the migrations end in.
+        missing: How many it lacks.
+    """
+
+    def __init__(
+        self, message: str, *, database: Database, found: Iterable[str], heads: Iterable[str], missing: int
+    ) -> None:
+        super().__init__(message)
+        self.database = database
+        self.found = tuple(found)
+        self.heads = tuple(heads)
+        self.missing = missing
+
+
+class FleetError(ShardRepoError):
+    """A fleet operation did not reach its goal.
+
+    Attributes:
+        report: What became of each database.
+    """
+
+    def __init__(self, message: str, *, report: Any) -> None:
+        super().__init__(message)
+        self.report = report
+
+
 class AuthenticationError(ConnectError):
     """The server refused the credentials."""
 

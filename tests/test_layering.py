@@ -17,7 +17,7 @@ PACKAGE = Path(shardrepo.__file__).parent
 # From the bottom to the top. What stands on one line does not import each other.
 LAYERS = [
     {"errors", "stats", "breaker", "callsite"},
-    {"calls", "constraints"},
+    {"calls", "constraints", "scripts"},
     {"log"},
     {"entries"},
     {"database", "places"},
@@ -50,7 +50,7 @@ FOR_TYPES = {("errors", "database"), ("log", "repo")}
 # The modules that may load what stands behind them; nothing else may, at import or later.
 OWNERS = {
     "psycopg": {"catalog", "connection", "diagnosis", "driver", "testing"},
-    "alembic": {"fleet"},
+    "alembic": {"fleet", "scripts"},
     "pytest": {"pytest_plugin", "testing"},
 }
 

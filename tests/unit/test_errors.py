@@ -37,6 +37,8 @@ FACTS: dict[type[ShardRepoError], dict[str, Any]] = {
     errors.StaleError: {"home": "db01:5432/app"},
     errors.ReadOnlyError: {},
     errors.DatabaseStateError: {"database": DATABASE, "state": "suspended"},
+    errors.DatabaseBehindError: {"database": DATABASE, "found": ("0001",), "heads": ("0003",), "missing": 2},
+    errors.FleetError: {"report": "599 done, 1 failed"},
     errors.ConstraintError: {
         "kind": "unique",
         "constraint": "users_email_key",

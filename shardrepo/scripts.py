@@ -1,0 +1,160 @@
+"""The revisions of a schema: Alembic's scripts, read once in a process.
+
+Leans on three methods of Alembic's `ScriptDirectory` that only its own commands call, ``_upgrade_revs``,
+``_downgrade_revs`` and ``_stamp_revs``: public are just those commands, which read all scripts anew for each database.
+``tests/test_private_api.py`` fails when they change.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+from alembic.config import Config as AlembicConfig
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+
+from .errors import ConfigError
+
+Move: TypeAlias = Literal["upgrade", "downgrade", "stamp"]
+Standing: TypeAlias = Literal["at", "behind", "ahead", "unknown"]
+Revisions: TypeAlias = tuple[str, ...]
+
+# Revisions by which a database may be behind the application's own, so that neither has to change first.
+TOLERATED: Final = 1
+
+
+_RELATIVE: Final = re.compile(r"[+-]\d+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a schema's scripts are, as any process can find them.
+
+    Attributes:
+        location: A folder, or a package's as ``package:folder``.
+        config_file: The ``alembic.ini`` or ``pyproject.toml`` with Alembic's own settings; None for its defaults.
+    """
+
+    location: str
+    config_file: str | None = None
+
+    def config(self) -> AlembicConfig:
+        """A configuration of Alembic's, each time a new one."""
+        toml = self.config_file is not None and self.config_file.endswith(".toml")
+        config = AlembicConfig(None if toml else self.config_file, self.config_file if toml else None)
+        # Its own file may say where they are too; a % would be an interpolation.
+        config.set_main_option("script_location", self.location.replace("%", "%%"))
+        return config
+
+
+class Scripts:
+    """The revision graph of one source, with all of its scripts loaded. Read-only; pure, but for loading it.
+
+    Raises:
+        ConfigError: There are no scripts, or one of them cannot be loaded.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        try:
+            self.directory = ScriptDirectory.from_config(source.config())
+            self.heads: Revisions = tuple(sorted(self.directory.get_heads()))
+        except CommandError as error:
+            raise ConfigError(f"no migrations in {source.location!r}: {error}; `shardrepo init` makes some") from error
+        except Exception as error:
+            raise ConfigError(
+                f"a migration in {source.location!r} cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+        self.missing = lru_cache(maxsize=1024)(self._missing)
+
+    @classmethod
+    def of(cls, source: Source) -> Scripts:
+        """Those of *source*, loaded at the first call in this process."""
+        return _loaded(source)
+
+    def resolve(self, target: str) -> Revisions:
+        """The revisions that *target* names: ``head``, ``heads``, ``base`` or one, also by its first characters.
+
+        Raises:
+            ConfigError: There is none of that name, or several heads where one is meant.
+        """
+        if not target:
+            raise ConfigError("the revision is empty: name one, or `head`")
+        try:
+            found = self.directory.get_revisions(target)
+        except CommandError as error:
+            hint = f" (heads: {', '.join(self.heads)}); name one, or `heads`" if len(self.heads) > 1 else ""
+            raise ConfigError(f"{target!r} names no revision of these migrations: {error}{hint}") from error
+        return tuple(sorted(script.revision for script in found if script is not None))
+
+    def steps(self, move: Move, target: str, heads: Revisions) -> Sequence[Any]:
+        """What takes a database from *heads* to *target*, as Alembic runs it; also relative ones such as ``+1``.
+
+        Raises:
+            CommandError: Alembic's, where no way leads there.
+        """
+        if move == "upgrade":
+            return self.directory._upgrade_revs(target, heads)  # type: ignore[arg-type]  # what Alembic's own commands pass
+        if move == "downgrade":
+            return self.directory._downgrade_revs(target, heads)  # type: ignore[arg-type]
+        return self.directory._stamp_revs(target, heads)
+
+    def destination(self, move: Move, target: str, heads: Revisions) -> str:
+        """*target* for a database at *heads*: a relative one as the revision that it comes to there, so that it means
+        the same however often it is asked for.
+
+        Raises:
+            ConfigError: No way leads there, or it comes to several revisions.
+        """
+        if not _RELATIVE.search(target):
+            return target
+        try:
+            steps = self.steps(move, target, heads)
+        except CommandError as error:
+            raise ConfigError(f"{move} {target!r} leads nowhere from {' '.join(heads) or 'base'}: {error}") from error
+        ends = steps[-1].to_revisions_no_deps if steps else heads
+        if len(ends) > 1:
+            raise ConfigError(
+                f"{move} {target!r} leads from {' '.join(heads)} to {', '.join(ends)}: name one of them instead"
+            )
+        return str(ends[0]) if ends else "base"
+
+    def standing(self, found: Revisions, target: Revisions) -> Standing:
+        """How a database that is at *found* stands to *target*."""
+        if any(not self.knows(revision) for revision in found):
+            return "unknown"
+        if self.missing(found, target):
+            return "behind"
+        return "ahead" if self.missing(target, found) else "at"
+
+    def knows(self, revision: str) -> bool:
+        """Whether there is a script of exactly that revision."""
+        try:
+            script = self.directory.get_revision(revision)
+        except CommandError:
+            return False
+        return script is not None and script.revision == revision
+
+    def _missing(self, found: Revisions, target: Revisions) -> int:
+        """How many revisions a database at *found* lacks to have all that *target* has."""
+        return len(self._up_to(target) - self._up_to(found))
+
+    def _up_to(self, revisions: Revisions) -> set[str]:
+        if not revisions:
+            return set()
+        return {script.revision for script in self.directory.iterate_revisions(revisions, "base")}
+
+
+@lru_cache(maxsize=16)
+def _loaded(source: Source) -> Scripts:
+    return Scripts(source)
+
+
+def location_of(given: str) -> str:
+    """*given*, a folder as an absolute path, so that it means the same in every process."""
+    return given if ":" in given else str(Path(given).absolute())
