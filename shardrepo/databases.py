@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy.engine import Connection, Engine
@@ -168,6 +169,14 @@ class Databases:
         if self.whereabouts is None:
             raise ConfigError("this repo has no directory that could list its databases: give one in its config")
         return self.whereabouts.list_databases()
+
+    def location(self, name: str) -> Location:
+        """What the directory says of *name* now; on the default's server without one."""
+        return Location(name) if self.whereabouts is None else self.whereabouts.find(name)
+
+    def tended(self, location: Location) -> Database:
+        """The database at *location* for those who look after it: no state of its own keeps them out, or from writing."""
+        return self.config.locate(choose(location.name, {}), replace(location, state="active"))
 
     def at(self, home: str) -> Database:
         """The database that *home* means: the current one, else the one that was chosen there before.

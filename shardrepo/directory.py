@@ -22,8 +22,8 @@ from typing import Any, Final, Protocol, Self, TypeAlias, cast, get_args
 from sqlalchemy import Select, select, text
 from sqlalchemy.engine import Connection
 
-from .database import State, checked, checked_name
-from .errors import ConfigError, UnknownDatabaseError, unknown
+from .database import DEFAULT_PORT, State, checked, checked_name
+from .errors import ConfigError, ListingError, UnknownDatabaseError, unknown
 
 logger: Final = logging.getLogger("shardrepo.directory")
 
@@ -135,7 +135,7 @@ class Servers:
     """A directory of what the servers themselves say that they have.
 
     A name that two servers have is refused: nobody knows which is meant. A server that does not answer hides its
-    databases, and no other's.
+    databases, and no other's; when all are to be listed it is a `ListingError`, which has what the others say.
 
     Args:
         hosts: The servers, each a host or a mapping with host and port.
@@ -161,8 +161,23 @@ class Servers:
         return self._one_of_each(found).get(name)
 
     def list_databases(self, connect: Connect) -> Iterable[Location]:
-        found = [one for server in self._servers for one in self._ask(server, connect, None)]
-        return self._one_of_each(found).values()
+        found: list[Location] = []
+        failures: dict[str, Exception] = {}
+        for server in self._servers:
+            try:
+                found += self._ask(server, connect, None)
+            except Exception as error:
+                failures[f"{server['host']}:{server.get('port', DEFAULT_PORT)}"] = error
+        locations = self._one_of_each(found).values()
+        if failures:
+            reasons = "; ".join(f"{server}: {error}" for server, error in failures.items())
+            raise ListingError(
+                f"{len(failures)} of {len(self._servers)} servers did not say what they have, so the "
+                f"{len(locations)} databases of the others are not all: {reasons}",
+                found=locations,
+                failures=failures,
+            )
+        return locations
 
     def _ask(self, server: Mapping[str, Any], connect: Connect, name: str | None) -> list[Location]:
         with connect(server) as connection:

@@ -15,6 +15,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 if TYPE_CHECKING:
     from .database import Database
+    from .directory import Location
 
 Kind: TypeAlias = Literal["unique", "foreign_key", "check", "exclusion", "not_null"]
 Unavailable: TypeAlias = Literal["refused", "timeout", "starting", "deadline", "replaced", "down"]
@@ -120,6 +121,20 @@ class DatabaseBehindError(ShardRepoError):
         self.found = tuple(found)
         self.heads = tuple(heads)
         self.missing = missing
+
+
+class ListingError(ConnectError):
+    """The directory could not list every database, as some of the servers that it asks did not answer.
+
+    Attributes:
+        found: Where those are that it could list.
+        failures: Why each of the others did not answer, by ``host:port``.
+    """
+
+    def __init__(self, message: str, *, found: Iterable[Location], failures: Mapping[str, Exception]) -> None:
+        super().__init__(message, database=None, orig=next(iter(failures.values()), None))
+        self.found = tuple(found)
+        self.failures = dict(failures)
 
 
 class FleetError(ShardRepoError):

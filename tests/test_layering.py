@@ -45,7 +45,7 @@ LAYERS = [
 ]
 
 # Imports against the order, for annotations only: an error names the type of a fact that it carries.
-FOR_TYPES = {("errors", "database"), ("log", "repo")}
+FOR_TYPES = {("errors", "database"), ("errors", "directory"), ("log", "repo")}
 
 # The modules that may load what stands behind them; nothing else may, at import or later.
 OWNERS = {

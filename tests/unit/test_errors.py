@@ -38,6 +38,7 @@ FACTS: dict[type[ShardRepoError], dict[str, Any]] = {
     errors.ReadOnlyError: {},
     errors.DatabaseStateError: {"database": DATABASE, "state": "suspended"},
     errors.DatabaseBehindError: {"database": DATABASE, "found": ("0001",), "heads": ("0003",), "missing": 2},
+    errors.ListingError: {"found": (), "failures": {}},
     errors.FleetError: {"report": "599 done, 1 failed"},
     errors.ConstraintError: {
         "kind": "unique",
@@ -54,6 +55,7 @@ CAUGHT_AS: dict[type[ShardRepoError], type[Exception]] = {
     errors.AuthenticationError: errors.ConnectError,
     errors.ServerUnavailableError: errors.ConnectError,
     errors.ServerFullError: errors.ConnectError,
+    errors.ListingError: errors.ConnectError,
     errors.CheckoutTimeoutError: sa_exc.TimeoutError,
     errors.StaleError: StaleDataError,
     errors.ConstraintError: sa_exc.IntegrityError,

@@ -1,0 +1,146 @@
+"""Which databases an operation is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from ..database import Database
+from ..directory import Location
+from ..errors import ConfigError, ListingError, UnknownDatabaseError
+
+if TYPE_CHECKING:
+    from ..repo import Repo
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One database of the fleet.
+
+    Attributes:
+        name: By which it is chosen.
+        database: Its address, for those who look after it: whatever its state, they get in and may write.
+        state: What the directory says may be done with it.
+        tags: What it is selected by.
+    """
+
+    name: str
+    database: Database
+    state: str = "active"
+    tags: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which members of a fleet are meant: all of them, where nothing is said.
+
+    Attributes:
+        names: Those of these names, in place of all that the directory lists.
+        match: Whose names fit one of these patterns, as a shell has them (``shard0*``).
+        servers: Those on one of these, each a host, or ``host:port``.
+        tags: Those that have all of these.
+    """
+
+    names: tuple[str, ...] = ()
+    match: tuple[str, ...] = ()
+    servers: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+
+    @property
+    def is_all(self) -> bool:
+        """Whether nothing is left out."""
+        return not any(getattr(self, field.name) for field in fields(self))
+
+    def admits(self, member: Member) -> bool:
+        """Whether *member*, which has a name that is meant, is meant."""
+        return (
+            (not self.match or any(fnmatchcase(member.name, pattern) for pattern in self.match))
+            and self.reaches(member.database.server)
+            and set(self.tags) <= member.tags
+        )
+
+    def reaches(self, server: str) -> bool:
+        """Whether databases on *server*, ``host:port``, may be meant."""
+        return not self.servers or bool({server, server.rpartition(":")[0].strip("[]")} & set(self.servers))
+
+    def as_dict(self) -> dict[str, list[str]]:
+        """As it stands in a journal."""
+        return {field.name: list(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def of(cls, given: dict[str, list[str]]) -> Self:
+        """Read what `as_dict` has written."""
+        return cls(**{name: tuple(values) for name, values in given.items()})
+
+
+ALL: Final = Selection()
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Those that are selected, by name, and what is not known of the rest.
+
+    Attributes:
+        found: The selected ones.
+        failures: Why the databases of a server, ``host:port``, could not be listed.
+    """
+
+    found: Sequence[Member]
+    failures: Mapping[str, Exception]
+
+
+def members(repo: type[Repo], where: Selection = ALL) -> Members:
+    """The members of the fleet that *where* selects; what the directory says now.
+
+    Raises:
+        UnknownDatabaseError: A name is none that the directory knows.
+        ConfigError: Nothing is selected, or there is no directory and nothing is named.
+    """
+    databases = repo._router.databases
+    failures: Mapping[str, Exception] = {}
+    try:
+        known = _named(where.names, databases.location) if where.names else databases.listed()
+    except ListingError as error:
+        known, failures = error.found, error.failures
+    found = [Member(each.name, databases.tended(each), each.state, each.tags) for each in known]
+    selected = [member for member in found if where.admits(member)]
+    if found and not selected and not failures:
+        raise ConfigError(f"{_said(where)} selects none of {len(found)} databases{_hint(where, found)}")
+    missed = {server: error for server, error in failures.items() if where.reaches(server)}
+    return Members(selected, missed)
+
+
+def _named(names: Iterable[str], locate: Callable[[str], Location]) -> Sequence[Location]:
+    found, unknown = [], []
+    for name in dict.fromkeys(names):
+        try:
+            found.append(locate(name))
+        except UnknownDatabaseError:
+            unknown.append(name)
+    if unknown:
+        raise UnknownDatabaseError(
+            f"the directory knows no database {', '.join(map(repr, unknown))}: check the spelling, or make it first",
+            database=None,
+        )
+    return found
+
+
+def _said(where: Selection) -> str:
+    said: dict[str, Any] = {field.name: getattr(where, field.name) for field in fields(where) if field.name != "names"}
+    return ", ".join(f"{name}={' '.join(values)}" for name, values in said.items() if values)
+
+
+def _hint(where: Selection, found: Sequence[Member]) -> str:
+    """What may have been meant by a server or tag that nobody has."""
+    for given, known in (
+        (where.servers, {server for member in found for server in (member.database.host, member.database.server)}),
+        (where.tags, {tag for member in found for tag in member.tags}),
+    ):
+        for each in given:
+            if each not in known:
+                close = get_close_matches(each, known, n=1)
+                return f": did you mean {close[0]!r}?" if close else f": known are {', '.join(sorted(known)) or 'none'}"
+    return f", the first of which is {found[0].name!r}"
