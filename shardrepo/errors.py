@@ -134,7 +134,7 @@ class ListingError(ConnectError):
     def __init__(self, message: str, *, found: Iterable[Location], failures: Mapping[str, Exception]) -> None:
         super().__init__(message, database=None, orig=next(iter(failures.values()), None))
         self.found = tuple(found)
-        self.failures = dict(failures)
+        self.failures = failures
 
 
 class FleetError(ShardRepoError):
