@@ -120,7 +120,8 @@ class CachedConnection(_ConnectionRecord):
         try:
             if connection is not None:
                 at_rest = not connection.used and connection.pgconn.transaction_status == _IDLE
-                reusable = at_rest or self._tidy(connection)
+                # What is closed anyway needs no tidying.
+                reusable = at_rest or self.entry.kind is Kind.TRANSIENT or self._tidy(connection)
         finally:
             held = monotonic() - self.entry.since if self.pool.listeners.checkin else None
             step = self.ledger.release(self.entry, reusable)

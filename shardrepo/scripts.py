@@ -62,7 +62,8 @@ class Scripts:
     def __init__(self, source: Source) -> None:
         self.source = source
         try:
-            self.directory = ScriptDirectory.from_config(source.config())
+            self.config = source.config()
+            self.directory = ScriptDirectory.from_config(self.config)
             self.heads: Revisions = tuple(sorted(self.directory.get_heads()))
         except CommandError as error:
             raise ConfigError(f"no migrations in {source.location!r}: {error}; `shardrepo init` makes some") from error
@@ -111,7 +112,7 @@ class Scripts:
         Raises:
             ConfigError: No way leads there, or it comes to several revisions.
         """
-        if not _RELATIVE.search(target):
+        if not is_relative(target):
             return target
         try:
             steps = self.steps(move, target, heads)
@@ -148,6 +149,11 @@ class Scripts:
         if not revisions:
             return set()
         return {script.revision for script in self.directory.iterate_revisions(revisions, "base")}
+
+
+def is_relative(target: str) -> bool:
+    """Whether what *target* means depends on where a database is, as with ``+1``, or is reckoned from another revision."""
+    return _RELATIVE.search(target) is not None
 
 
 @lru_cache(maxsize=16)
