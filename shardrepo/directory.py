@@ -319,9 +319,12 @@ class Whereabouts:
         return location
 
     def list_databases(self) -> list[Location]:
-        """All databases, by name, as the directory has them now."""
+        """All databases, by name, as the directory has them now; where each of them is needs no question then."""
         with self._apart():
-            return sorted(self._directory.list_databases(self._connect), key=lambda location: location.name)
+            found = sorted(self._directory.list_databases(self._connect), key=lambda location: location.name)
+        for location in found:
+            self._learn(location.name, location)
+        return found
 
     def _ask(self, name: str) -> Location | None:
         mine: Future[Location | None] = Future()
@@ -355,8 +358,13 @@ class Whereabouts:
             logger.warning("the directory failed, its last answer about %r holds", name, exc_info=True)
             self._remember(name, before.location, RETRY)
             return before.location
+        return self._learn(name, location)
+
+    def _learn(self, name: str, location: Location | None) -> Location | None:
+        """Believe what the directory has just said; returns the same object as before as long as it says the same."""
+        before = self._known.get(name)
         if before is not None and before.location == location:
-            location = before.location  # the same object as long as it says the same
+            location = before.location
         self._remember(name, location, self._ttl if location is not None else min(self._ttl, MAX_NEGATIVE_TTL))
         return location
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any, Final, Protocol
@@ -58,11 +58,16 @@ class Processes:
         self._busy: dict[Future[Outcome[Migration]], ProcessPoolExecutor] = {}
 
     def submit(self, manner: Manner, task: Task) -> Future[Outcome[Migration]]:
-        lane = self._idle.pop() if self._idle else self._lane()
-        with _interrupts_ignored():
-            future = lane.submit(carry_out, manner, task)
-        self._busy[future] = lane
-        return future
+        while True:
+            lane = self._idle.pop() if self._idle else self._lane()
+            try:
+                with _interrupts_ignored():
+                    future = lane.submit(carry_out, manner, task)
+            except BrokenExecutor:  # its process has died while it had nothing to do
+                lane.shutdown(wait=True)
+                continue
+            self._busy[future] = lane
+            return future
 
     def free(self, future: Future[Outcome[Migration]]) -> None:
         lane = self._busy.pop(future)

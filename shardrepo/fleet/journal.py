@@ -68,7 +68,9 @@ class Journal:
 
     def __init__(self, path: Path, file: IO[str]) -> None:
         self.run = path.name.removesuffix(_SUFFIX)
+        self._path = path
         self._file = file
+        self._is_empty = True
 
     @classmethod
     def begin(cls, folder: Path, work: str, head: Mapping[str, Any]) -> Self:
@@ -98,16 +100,19 @@ class Journal:
         """
         path = _path(folder, run)
         try:
-            return cls(path, _opened(path, "a"))
+            journal = cls(path, _opened(path, "a"))
         except BlockingIOError as error:
             raise ConfigError(f"run {path.stem} is under way in another process: let it end, or stop it") from error
         except OSError as error:
             raise ConfigError(f"the journal {path} cannot be written: {error.strerror}") from error
+        journal._is_empty = False
+        return journal
 
     def write(self, **facts: Any) -> None:
         """Note a fact; it is on its way to the disk when this returns."""
         self._file.write(json.dumps(facts, separators=(",", ":")) + "\n")
         self._file.flush()
+        self._is_empty = self._is_empty and "head" in facts
 
     def plan(self, parts: Sequence[Part]) -> None:
         """Note what is to be done."""
@@ -130,7 +135,9 @@ class Journal:
         self.write(ended=outcome.name, part=part, **facts)
 
     def close(self) -> None:
-        """Let others have it."""
+        """Let others have it; one that tells of nothing is removed."""
+        if self._is_empty:
+            self._path.unlink(missing_ok=True)
         self._file.close()
 
     def __enter__(self) -> Self:

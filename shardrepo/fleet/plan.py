@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import floor
-from typing import Final, Self
+from typing import Final, Literal, Self, TypeAlias
 
 from ..errors import ConfigError, unknown
 from ..scripts import Move, Revisions, Scripts, Standing, is_relative
+
+# What is done in a database: Alembic's own words.
+Work: TypeAlias = Move | Literal["check"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +202,10 @@ class Judge:
         ConfigError: There is no such revision.
     """
 
-    def __init__(self, scripts: Scripts, move: Move, target: str, *, purges: bool = False) -> None:
+    def __init__(self, scripts: Scripts, move: Work, target: str, *, purges: bool = False) -> None:
         self._scripts = scripts
         self._purges = purges
-        self._move: Move = move
+        self._move: Work = move
         self._target = target
         self.target: Revisions | None = None if is_relative(target) else scripts.resolve(target)
         self._known: dict[Revisions, Verdict] = {}
@@ -221,13 +224,23 @@ class Judge:
         if standing == "unknown" and not self._purges:
             missing = ", ".join(each for each in found if not scripts.knows(each))
             return Verdict(standing, problem=f"it is at revision {missing}, of which these migrations have no script")
-        if self.target is None:
+        if self.target is None and move != "check":
             try:
                 return Verdict(standing, scripts.destination(move, self._target, found))
             except ConfigError as error:
                 return Verdict(standing, problem=str(error))
-        due = {"upgrade": ("behind",), "downgrade": ("ahead",), "stamp": ("behind", "ahead", "unknown")}[move]
-        return Verdict(standing, self._target if standing in due else None)
+        if move == "check" and standing != "at":
+            return Verdict(standing, problem="it is not at head, where alone it can be compared with the models")
+        return Verdict(standing, self._target if standing in _DUE[move] else None)
+
+
+# How a database stands to the target of a work that has something to do there.
+_DUE: Final[Mapping[Work, tuple[Standing, ...]]] = {
+    "upgrade": ("behind",),
+    "downgrade": ("ahead",),
+    "stamp": ("behind", "ahead", "unknown"),
+    "check": ("at",),
+}
 
 
 

@@ -13,7 +13,7 @@ from ..errors import FleetError
 from ..scripts import Revisions, Standing
 from .outcomes import Failure, Migration
 from .plan import Task
-from .rollout import Ending
+from .runner import Ending
 
 # What a report shows of each, so that no number of failures makes it longer than a screen or two.
 MAX_CAUSES: Final = 8
@@ -95,7 +95,6 @@ class Report:
         target: To which revision.
         run: What its journal is called; None without one.
         standings: How the databases stood to the target before, by how many.
-        changed: How many are at the target now that were not.
         unchanged: How many were there before, or were brought there by somebody else meanwhile.
         drifted: What differs from the models, by database; for a check.
         causes: Why the others failed.
@@ -110,7 +109,6 @@ class Report:
     target: str
     run: str | None = None
     standings: Counter[Standing] = field(default_factory=Counter)
-    changed: int = 0
     unchanged: int = 0
     drifted: dict[str, Sequence[str]] = field(default_factory=dict)
     causes: Causes = field(default_factory=Causes)
@@ -119,18 +117,25 @@ class Report:
     ending: Ending = "complete"
     seconds: float = 0.0
     problem: str | None = None
+    _changed: set[str] = field(default_factory=set)
     _slowest: list[tuple[float, str]] = field(default_factory=list)
+
+    @property
+    def changed(self) -> int:
+        """How many are at the target now that were not."""
+        return len(self._changed)
 
     def add(self, task: Task, outcome: Outcome[Migration]) -> None:
         """Count what became of a task."""
         if outcome.error is not None:
+            self._changed.discard(outcome.name)
             self.causes.add(outcome.name, task.server, outcome.error)
             return
         assert outcome.value is not None
         if outcome.value.drift:
             self.drifted[outcome.name] = outcome.value.drift
         elif outcome.value.before != outcome.value.after:
-            self.changed += 1
+            self._changed.add(outcome.name)
         else:
             self.unchanged += 1
         heapq.heappush(self._slowest, (outcome.seconds, outcome.name))

@@ -12,10 +12,12 @@ import random
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 from alembic.autogenerate import produce_migrations, render_python_code
 from alembic.runtime.environment import EnvironmentContext
@@ -27,20 +29,18 @@ from sqlalchemy.exc import DBAPIError
 from ..across import Outcome
 from ..errors import ConfigError, WrongDatabaseError, sqlstate_of
 from ..pool import set_autocommit
-from ..scripts import Move, Revisions, Scripts, Source
+from ..scripts import Revisions, Scripts, Source
 from .env import HANDED, Handed
 from .lock import Lookout, take
 from .members import Selection, members
 from .outcomes import Failure, Migration
-from .plan import Task
+from .plan import Task, Work
 from .sweep import read_revisions
 
 if TYPE_CHECKING:
     from ..database import Database
     from ..databases import Databases
     from ..repo import Repo
-
-Work: TypeAlias = Move | Literal["check"]
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html: lock_not_available.
 _LOCKED: Final = "55P03"
@@ -135,6 +135,8 @@ def located(repo: type[Repo], task: Task) -> Database:
     Raises:
         WrongDatabaseError: It has another home here.
     """
+    databases = repo._router.databases
+    _list(databases, int(monotonic() // databases.config.directory_ttl))
     (member,) = members(repo, Selection(names=(task.near or task.name,))).found
     database = member.database if task.template is None else member.database.neighbour(task.template)
     if database.home != task.home:
@@ -145,6 +147,13 @@ def located(repo: type[Repo], task: Task) -> Database:
             found=database.home,
         )
     return database
+
+
+@lru_cache(maxsize=8)
+def _list(databases: Databases, _: int) -> None:
+    """Learn where all databases are, once for as long as that is believed: some directories ask every server for each."""
+    with suppress(Exception):
+        databases.listed()
 
 
 def _tried(repo: type[Repo], database: Database, manner: Manner, task: Task) -> Migration:

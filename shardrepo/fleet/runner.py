@@ -80,7 +80,7 @@ class Progress:
 Observer: TypeAlias = Callable[[Progress], object]
 
 
-class Rollout:
+class Runner:
     """Carries out parts, in one thread, and says what became of each task.
 
     Args:
@@ -121,7 +121,7 @@ class Rollout:
         self._running: dict[Future[Outcome[Migration]], tuple[Task, int]] = {}
         self._busy: Counter[str] = Counter()
         self._failed: set[str] = set()
-        self._total = self._done = 0
+        self._total = self._done = self._ended_badly = 0
         self._failures_of_part = 0
         self._number = 0
         self._part = Part(())
@@ -141,6 +141,7 @@ class Rollout:
 
     def _carry_out(self, part: Part) -> None:
         waiting = deque(task for task in part.tasks if task.name not in self._failed)
+        self._total -= len(part.tasks) - len(waiting)
         while waiting or self._running:
             self._look_at_control()
             if self.ending == "complete":
@@ -202,6 +203,7 @@ class Rollout:
             self._done += 1
             return
         self._failed.add(outcome.name)
+        self._ended_badly += 1
         if isinstance(outcome.error, Failure) and outcome.error.kind == "interrupted":
             return
         self._failures_of_part += 1
@@ -221,6 +223,11 @@ class Rollout:
             self.ending = "journal"
             return False
         return True
+
+    @property
+    def left(self) -> int:
+        """How many tasks were not begun, or not to an end."""
+        return self._total - self._done - self._ended_badly
 
     @property
     def problem(self) -> str | None:
