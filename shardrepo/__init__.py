@@ -1,5 +1,6 @@
 """One Repo over hundreds or thousands of PostgreSQL databases."""
 
+from .across import Outcome
 from .config import Config
 from .database import DEFAULT, Choice, Database
 from .errors import (
@@ -51,6 +52,7 @@ __all__ = [
     "ListingError",
     "NoDatabaseError",
     "NotInTransactionError",
+    "Outcome",
     "ReadOnlyError",
     "Repo",
     "RepoDisposedError",

@@ -290,7 +290,9 @@ def _checked_table(name: str, value: object) -> str:
     return ".".join(parts)
 
 
-def _checked_count(name: str, remedy: str, *, optional: bool = False) -> Callable[[object], int | None]:
+def checked_count(name: str, remedy: str, *, optional: bool = False) -> Callable[[object], int | None]:
+    """Make a check of a number of things, which raises `ConfigError`; None passes if it is *optional*."""
+
     def check(value: object) -> int | None:
         if value is None and optional:
             return None
@@ -328,9 +330,9 @@ def _checked_mapping(name: str, refused: frozenset[str], remedy: str) -> Callabl
 
 
 _SETTINGS: Final[Mapping[str, Callable[[object], Any]]] = {
-    "pool_size": _checked_count("pool_size", "keeps no connection: give the number to keep over all databases"),
+    "pool_size": checked_count("pool_size", "keeps no connection: give the number to keep over all databases"),
     **{
-        name: _checked_count(name, "lets nobody connect: give the most that there may be, or None", optional=True)
+        name: checked_count(name, "lets nobody connect: give the most that there may be, or None", optional=True)
         for name in ("max_connections", "max_per_server", "max_per_database")
     },
     **{

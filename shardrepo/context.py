@@ -146,11 +146,7 @@ class Context:
 
     def carry(self, function: Callable[P, T]) -> Callable[P, T]:
         """Wrap *function* so that it runs with this context's choice in whatever thread calls it."""
-        if _runs_later(function) or _runs_later(getattr(type(function), "__call__", None)):  # noqa: B004  # an async one
-            raise TypeError(
-                f"carry() takes a plain function, and {function!r} runs after it has returned: "
-                "use `with repo.using(...)` inside it"
-            )
+        check_plain(function, "carry()", "use `with repo.using(...)` inside it")
         choice, held = self._choice.get(), self._held.get()
 
         @wraps(function)
@@ -184,6 +180,12 @@ def _scoped(variable: ContextVar[Selection[T]], value: T | None, shown: str) -> 
                 "seen it. Enter it in a middleware around the handler instead",
                 shown,
             )
+
+
+def check_plain(function: object, what: str, remedy: str) -> None:
+    """Raise `TypeError` if *function* does its work after it has returned, outside whatever *what* puts around it."""
+    if _runs_later(function) or _runs_later(getattr(type(function), "__call__", None)):  # noqa: B004  # an async one
+        raise TypeError(f"{what} takes a plain function, and {function!r} runs after it has returned: {remedy}")
 
 
 def _runs_later(function: object) -> bool:

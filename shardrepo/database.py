@@ -173,8 +173,12 @@ class Choice:
     options: tuple[tuple[str, Any], ...] = ()
     database: Database | None = None
     bare_name: str | None = field(init=False, compare=False)
+    # What the equality of databases leaves out: a choice of another password, or in another state, is another one.
+    _facts: tuple[object, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        chosen = self.database
+        object.__setattr__(self, "_facts", () if chosen is None else (chosen.key, chosen.id, chosen.state))
         options = dict(self.options)
         alone = self.database is None and not options.keys() & {"host", "port"}
         object.__setattr__(self, "bare_name", options.get("database") if alone else None)

@@ -60,8 +60,9 @@ class Databases:
         # other can take its place in memory.
         self._resolved: dict[Choice | None, Database] = {}
         self._found: dict[tuple[Choice, int], tuple[Location, Database]] = {}
-        # By which choice each home was found, by who connects to it and how. A choice, as a database may have moved.
-        self._met: dict[str, dict[object, Choice | None]] = {}
+        # By which choice each home was found, and at what address, by who connects to it and how. A choice, as a
+        # database may have moved.
+        self._met: dict[str, dict[object, tuple[Choice | None, Database]]] = {}
         _all.add(self)
         if not callable(source):
             self.config  # noqa: B018  # a wrong config fails where it is written
@@ -141,8 +142,16 @@ class Databases:
             self._resolved.clear()
             self._found.clear()
             self._met.clear()
-        # A password that has changed is the same user's.
-        self._met.setdefault(database.home, {})[database.username, query] = choice
+        met = self._met.setdefault(database.home, {})
+        if choice is None or choice.database is None or all(known != database for _, known in met.values()):
+            # A password that has changed is the same user's; an address that a name has led to, the name's.
+            met[database.username, query] = choice, database
+
+    def locate(self, given: Choice | Location | None) -> Database:
+        """The database of a choice, or of what the directory has listed."""
+        if isinstance(given, Location):
+            return self._located(Choice((("database", given.name),)), given)
+        return self.resolve(given)
 
     @property
     def current(self) -> Database:
@@ -187,7 +196,7 @@ class Databases:
             if self.current.home == home:
                 return self.current
         with self._lock:
-            met = list(self._met.get(home, {}).values())
+            met = [choice for choice, _ in self._met.get(home, {}).values()]
         if len(met) == 1 and (database := self.resolve(met[0])).home == home:
             return database
         why = ("nobody has chosen it", "what was chosen there means another now", "several users have chosen it")

@@ -197,12 +197,7 @@ class ConnectionCache:
 
     def engine(self, database: Database) -> Engine:
         """The engine of *database*: the same object as long as anybody holds it. Does no I/O."""
-        if database.state in ("suspended", "migrating"):
-            raise DatabaseStateError(
-                f"{database.home} is {database.state}, as the directory says: try later, or change its state there",
-                database=database,
-                state=database.state,
-            )
+        _check_state(database)
         key = database.key
         with self._lock:
             engine = self._recent.get(key) or self._alive.get(key)
@@ -217,6 +212,7 @@ class ConnectionCache:
     @contextmanager
     def transient(self, database: Database) -> Iterator[Connection]:
         """A connection of its own for a question to *database*: outside the target, closed at the end."""
+        _check_state(database)
         with self._lock:
             engine = self._build(database, Kind.TRANSIENT)
         with engine.connect() as connection:
@@ -283,6 +279,16 @@ class ConnectionCache:
         if self._configure is not None:
             self._configure(engine, database)
         return engine
+
+
+def _check_state(database: Database) -> None:
+    """Raise `DatabaseStateError` if the directory says that *database* is not to be connected to."""
+    if database.state in ("suspended", "migrating"):
+        raise DatabaseStateError(
+            f"{database.home} is {database.state}, as the directory says: try later, or change its state there",
+            database=database,
+            state=database.state,
+        )
 
 
 _caches: Final[weakref.WeakSet[ConnectionCache]] = weakref.WeakSet()

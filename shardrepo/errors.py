@@ -283,6 +283,13 @@ def sqlstate_of(error: sa_exc.DBAPIError) -> str | None:
     return getattr(error.orig, "sqlstate", None)
 
 
+def note_database(error: BaseException, home: str) -> None:
+    """Have *error* name the database that it belongs to, once."""
+    note = f"database: {home}"
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
 def unknown(kind: str, given: str, known: Iterable[str], meant: str | None = None) -> str:
     """Say that *given* is no *kind*, and which of the *known* was probably meant: the nearest, unless that is said."""
     names = sorted(known)

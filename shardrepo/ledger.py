@@ -86,7 +86,7 @@ class Ledger(Generic[K, C]):
         self._places = Places(self.bounds)
         self._breaker = Breaker(self._clock)
         self._attempts = self._failed = self._closed = 0
-        self._hits = self._evictions = self._reclaimed = 0
+        self._hits = self._misses = self._evictions = self._reclaimed = 0
 
     def acquire(
         self,
@@ -301,6 +301,7 @@ class Ledger(Generic[K, C]):
                 failed=self._failed,
                 closed=self._closed,
                 hits=self._hits,
+                misses=self._misses,
                 evictions=self._evictions,
                 reclaimed=self._reclaimed,
             )
@@ -349,6 +350,7 @@ class Ledger(Generic[K, C]):
         entry.close = victims
         entry.probes = self._breaker.begin(wait.server)
         self._attempts += 1
+        self._misses += entry.kind is not _TRANSIENT
         self._connecting.add(entry)
         self._connecting_to[entry.server] += 1
         self._count(entry.kind, 1)

@@ -502,8 +502,10 @@ def limited(connection: Connection, until: float | None) -> Iterator[None]:
     if dbapi_connection is None:
         yield
         return
-    # A verb may be called in another one of the same transaction, by a listener.
+    # A verb may be called in another one of the same transaction, by a listener, and has no more time than that.
     before = dbapi_connection.limit(until)
+    if before is not None and until is not None:
+        dbapi_connection.limit(min(before, until))
     try:
         yield
     finally:

@@ -32,6 +32,7 @@ from .router import Hooks, Router
 from .session import RoutedSession, home_of, rehome
 from .stats import Stats
 from .transaction import Isolation, Mode
+from .visiting import Across, Visited
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -750,6 +751,34 @@ class Repo:
     def engine(cls) -> Engine:
         """The SQLAlchemy engine of the current database: the same object as long as anybody holds it."""
         return cls._router.engine()
+
+    # Many databases
+
+    @classmethod
+    def across(
+        cls, databases: Iterable[Visited] | None = None, /, *, per_server: int = 4, timeout: float | None = None
+    ) -> Across:
+        """Run `all`, `count`, `execute` or a function in many databases, several at a time. Does no I/O itself.
+
+            >>> for outcome in MyRepo.across(timeout=10.0).count(User):             # doctest: +SKIP
+            ...     print(outcome.name, outcome.value if outcome.ok else outcome.error)
+            >>> MyRepo.across(["shard01", "shard02"]).count(User).collect()         # doctest: +SKIP
+            {'shard01': 3, 'shard02': 0}
+
+        An outcome for each database, as soon as it is there; one that fails hides no other. Each is visited on a
+        connection of its own, closed afterwards, so that what the cache keeps stays there.
+
+        Args:
+            databases: Names, or whatever `set_database` takes or `databases` returns; each is visited once. All that
+                the directory lists if not given.
+            per_server: At how many databases of a server at a time; 64 on all servers together.
+            timeout: Seconds for all that is done in one database, the connect included; then its connection is closed,
+                and its outcome an error. What is done with a `session` keeps its own time.
+
+        Raises:
+            ConfigError: An argument is impossible, or there is no directory to list the databases.
+        """
+        return Across(cls._router, databases, per_server=per_server, timeout=timeout)
 
     # Objects and their homes
 

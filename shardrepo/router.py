@@ -24,9 +24,9 @@ from . import bulk, catalog, inserting, plans, reading, reloading, writing
 from .calls import CallOptions, deadline
 from .config import checked_flag
 from .conflicts import Conflict
-from .database import Database, checked_name
+from .database import Choice, Database, checked_name
 from .databases import Databases
-from .errors import ConfigError, ConstraintError, NotInTransactionError, ReadOnlyError, StaleError
+from .errors import ConfigError, ConstraintError, NotInTransactionError, ReadOnlyError, StaleError, note_database
 from .pinned import Pinned
 from .pool import autocommit, begin_as, disown, is_aborted, limited, optioned, vouch
 from .returning import BulkResult, Returning
@@ -269,7 +269,7 @@ class Router:
     def to_sql(self, query: Any, *, literal_binds: bool) -> tuple[str, dict[str, Any]]:
         """A query as SQL and its parameters. Sends nothing."""
         database = self.databases.current
-        engine = self.cache.engine(database)
+        engine = self._engine(database)
         with self._session("to_sql", database, engine) as session:
             return plans.to_sql(session, query, engine.dialect, literal_binds=literal_binds)
 
@@ -292,9 +292,10 @@ class Router:
     def _connection(self, operation: str, database: Database) -> Iterator[Connection]:
         """The connection that the caller holds to *database*, else one of the cache's."""
         held = self.context.held(database)
+        latest = None if held is None else held.until
         try:
-            if self.context.options or self._default_options or (held is not None and held.until is not None):
-                with self._called(operation, held) as until, self._held_or_taken(database, held, until) as connection:
+            if self.context.options or self._default_options or latest is not None:
+                with self._called(operation, latest) as until, self._held_or_taken(database, held, until) as connection:
                     yield connection
             elif held is not None:
                 with held.watch():
@@ -304,7 +305,7 @@ class Router:
                     vouch(connection)
                     yield connection
         except SQLAlchemyError as error:
-            _note(error, database)
+            note_database(error, database.home)
             raise
 
     @contextmanager
@@ -318,14 +319,14 @@ class Router:
                 yield held.connection
 
     @contextmanager
-    def _called(self, operation: str, held: Held | None = None) -> Iterator[float | None]:
-        """Run a call with its options; yields when it has to be over, None for never."""
+    def _called(self, operation: str, latest: float | None = None) -> Iterator[float | None]:
+        """Run a call with its options; yields when it has to be over, *latest* if not before, None for never."""
         with self._with_defaults(operation):
             options = self.context.options or NO_OPTIONS
             before = deadline.get()
             until = None if options.timeout is None else monotonic() + options.timeout
-            if held is not None and held.until is not None:
-                until = min(until or math.inf, held.until)
+            if latest is not None:
+                until = min(until or math.inf, latest)
             deadline.set(until)
             try:
                 yield until
@@ -353,16 +354,16 @@ class Router:
             yield
 
     @contextmanager
-    def _step(self, operation: str, connection: Connection, held: Held | None = None) -> Iterator[None]:
+    def _step(self, operation: str, connection: Connection, latest: float | None = None) -> Iterator[None]:
         """Run a part of a block, its beginning or its end, as a call of its own."""
-        with self._called(operation, held) as until, limited(connection, until):
+        with self._called(operation, latest) as until, limited(connection, until):
             yield
 
     @contextmanager
     def _own_connection(self, operation: str, database: Database, mode: Mode) -> Iterator[Connection]:
         """A connection for a transaction in *mode*, whatever else is open."""
         with self._called(operation):
-            connection = self.cache.engine(database).connect()
+            connection = self._engine(database).connect()
         with connection:
             vouch(connection)
             begin_as(connection, mode)
@@ -399,7 +400,7 @@ class Router:
                 if is_aborted(connection):
                     # PostgreSQL would answer a COMMIT with a ROLLBACK, and call it a success.
                     transaction.doom(PendingRollbackError("a statement of a session that had joined it failed"))
-                with self._step("transaction", connection, transaction):
+                with self._step("transaction", connection, transaction.until):
                     transaction.commit()
             except BaseException as error:
                 with self._step("transaction", connection):
@@ -437,7 +438,7 @@ class Router:
     def savepoint(self) -> Iterator[None]:
         """Mark a point in the open transaction that a failure in the block goes back to."""
         transaction = self._transaction("a savepoint is a part of one")
-        with transaction.savepoint(partial(self._step, "savepoint", transaction.connection, transaction)):
+        with transaction.savepoint(partial(self._step, "savepoint", transaction.connection, transaction.until)):
             yield
 
     def in_transaction(self) -> bool:
@@ -465,6 +466,26 @@ class Router:
             yield connection
             pinned.check_ended()
 
+    @contextmanager
+    def visit(self, database: Database, timeout: float | None = None) -> Iterator[None]:
+        """Choose *database* for the block, and run what is called in it on one connection of its own.
+
+        That is opened for it and closed at its end, outside the target and every open transaction; other connections
+        that the block takes to *database* are too. *timeout* is the seconds for all of it, the connect included.
+
+        Raises:
+            DatabaseStateError: The directory says that it is not to be connected to. Nothing was sent.
+        """
+        until = None if timeout is None else monotonic() + timeout
+        with self.context.detached(), self.context.using(Choice(database=database)), ExitStack() as stack:
+            with self._called("across", until):
+                connection = stack.enter_context(self.cache.transient(database))
+            vouch(connection)
+            stack.enter_context(limited(connection, until))
+            pinned = stack.enter_context(self.context.holding(Pinned(database, connection)))
+            yield
+            pinned.check_ended()
+
     def session(self, **options: Any) -> RoutedSession:
         """A session of the current database, in the open transaction if there is one."""
         database = self.databases.current
@@ -477,7 +498,14 @@ class Router:
 
     def engine(self) -> Engine:
         """The engine of the current database."""
-        return self.cache.engine(self.databases.current)
+        return self._engine(self.databases.current)
+
+    def _engine(self, database: Database) -> Engine:
+        """The engine of what the caller holds to *database*, else the cache's: a visit takes nothing from the cache."""
+        held = self.context.held(database)
+        if held is not None and held.owner.is_current:
+            return held.connection.engine
+        return self.cache.engine(database)
 
     def ping(self) -> float:
         """Open a connection, ask one question, close it; the seconds that it took."""
@@ -548,16 +576,12 @@ class Router:
             )
 
 
-def _note(error: BaseException, database: Database) -> None:
-    error.add_note(f"database: {database.home}")
-
-
 @contextmanager
 def _noted(database: Database) -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        _note(error, database)
+        note_database(error, database.home)
         raise
 
 

@@ -24,6 +24,7 @@ class Stats:
         failed: Those that came to nothing.
         closed: Connections closed, ever.
         hits: Checkouts served by an idle connection, ever.
+        misses: Connects begun for others, ever; not those for *transient* ones, which no idle connection could serve.
         evictions: Idle connections closed to make room, ever.
         reclaimed: Connections that came back because their borrower was lost, ever.
     """
@@ -40,11 +41,12 @@ class Stats:
     failed: int
     closed: int
     hits: int
+    misses: int
     evictions: int
     reclaimed: int
 
     @property
     def hit_rate(self) -> float:
-        """The share of checkouts that an idle connection served; 0.0 before the first."""
-        checkouts = self.hits + self.attempts
+        """The share of checkouts that an idle connection served, of those that one could; 0.0 before the first."""
+        checkouts = self.hits + self.misses
         return self.hits / checkouts if checkouts else 0.0

@@ -8,6 +8,8 @@ import logging
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,15 @@ def test_a_wrong_password_while_the_right_one_is_in_use(repo: type[Repo]) -> Non
             with pytest.raises(AuthenticationError):
                 repo.execute("SELECT 1")
         assert backend(repo) == pid
+
+
+def test_a_wrong_password_in_a_complete_address(repo: type[Repo]) -> None:
+    """Two that are equal but for the password are two choices."""
+    address = repo.get_database()
+    for password, refusal in ((SECRET, nullcontext()), (WRONG, pytest.raises(AuthenticationError))):
+        with repo.using(replace(address, password=password)), refusal:
+            assert repo.get_database() == address
+            backend(repo)
 
 
 def test_a_url_without_a_password_does_not_get_the_defaults(repo: type[Repo], server: Server) -> None:

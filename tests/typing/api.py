@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager
 from typing import Any, assert_type
 
 from sqlalchemy import select
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Engine, Result
 from sqlalchemy.orm import selectinload
 
-from shardrepo import BulkResult, Choice, Database, Repo, RoutedSession, Stats
+from shardrepo import BulkResult, Choice, Database, Outcome, Repo, RoutedSession, Stats
+from shardrepo.across import Outcomes
 from shardrepo.directory import Location
 
 from ..models import User
@@ -74,6 +75,12 @@ assert_type(AppRepo.engine(), Engine)
 assert_type(AppRepo.create_database("shard03", template="shard02", if_not_exists=True), bool)
 assert_type(AppRepo.drop_database(host="db02", database="shard201", force=True), bool)
 assert_type(AppRepo.database_exists({"database": "shard03"}), bool)
+assert_type(AppRepo.across().all(User), Outcomes[list[User]])
+assert_type(AppRepo.across(["shard01"]).all(select(User.name)).collect(), dict[str, list[str]])
+assert_type(AppRepo.across(AppRepo.databases(), per_server=2, timeout=5.0).count(User).collect(), dict[str, int])
+assert_type(AppRepo.across([{"host": "db02", "database": "shard201"}]).execute("SELECT 1"), Outcomes[Result[Any]])
+assert_type([outcome.result() for outcome in AppRepo.across().map(lambda: 1)], list[int])
+assert_type(next(AppRepo.across().count(User)), Outcome[int])
 assert_type(AppRepo.stats(), Stats)
 
 
