@@ -83,11 +83,16 @@ class Databases:
                 made = self.__dict__["cache"] = ConnectionCache(self.config, self.listeners, self._configure)
             return made
 
+    @property
+    def directory(self) -> Directory | None:
+        """What is asked where a database is; None where nobody is."""
+        return self._directory or self.config.directory
+
     @memoized_property
     def whereabouts(self) -> Whereabouts | None:
         """What the directory has said; None without one."""
         with self._lock:
-            directory = self._directory or self.config.directory
+            directory = self.directory
             made: Whereabouts | None = self.__dict__.get("whereabouts")
             if made is None and directory is not None:
                 made = self.__dict__["whereabouts"] = Whereabouts(
@@ -183,8 +188,13 @@ class Databases:
         """What the directory says of *name* now; on the default's server without one."""
         return Location(name) if self.whereabouts is None else self.whereabouts.find(name)
 
+    def forget(self, name: str) -> None:
+        """Ask the directory anew about *name*: it has been made or dropped."""
+        if self.whereabouts is not None:
+            self.whereabouts.forget(name)
+
     def tended(self, location: Location) -> Database:
-        """The database at *location* for those who look after it: no state of its own keeps them out, or from writing."""
+        """The database at *location* for those who look after it: no state keeps them out, or from writing."""
         return self.config.locate(choose(location.name, {}), replace(location, state="active"))
 
     def at(self, home: str) -> Database:

@@ -11,7 +11,7 @@ import asyncio
 import inspect
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -148,6 +148,11 @@ class Servers:
         self._like = like
         if not self._servers:
             raise ConfigError("a directory of Servers needs some: name their hosts")
+
+    @property
+    def servers(self) -> Sequence[Mapping[str, Any]]:
+        """The options of the servers' addresses, as they were given."""
+        return self._servers
 
     def locate(self, name: str, connect: Connect) -> Location | None:
         found, failure = [], None
@@ -317,6 +322,11 @@ class Whereabouts:
                 f"the directory knows no database {name!r}: check the name, or make it known there", database=None
             )
         return location
+
+    def forget(self, name: str) -> None:
+        """Believe no longer what was said of *name*."""
+        with self._lock:
+            self._known.pop(name, None)
 
     def list_databases(self) -> list[Location]:
         """All databases, by name, as the directory has them now; where each of them is needs no question then."""

@@ -532,7 +532,7 @@ class Router:
         """Make *database*; False if it was there, and might be."""
         self._check_writable("create_database", database)
         checked_flag("if_not_exists")(if_not_exists)
-        with self._maintaining("create_database", database) as connection:
+        with self._maintaining("create_database", database) as connection, self._moved(database.name):
             if blueprint.template is not None:
                 self.cache.disconnect(database.neighbour(blueprint.template))
             return catalog.create(connection, database.name, blueprint, if_not_exists=if_not_exists)
@@ -543,7 +543,7 @@ class Router:
         checked_flag("force")(force)
         checked_flag("if_exists")(if_exists)
         self._check_dispensable(database)
-        with self._maintaining("drop_database", database) as connection:
+        with self._maintaining("drop_database", database) as connection, self._moved(database.name):
             self.cache.disconnect(database)
             return catalog.drop(connection, database.name, force=force, if_exists=if_exists)
 
@@ -552,7 +552,7 @@ class Router:
         self._check_writable("rename_database", database)
         checked_name("database", name)
         self._check_dispensable(database)
-        with self._maintaining("rename_database", database) as connection:
+        with self._maintaining("rename_database", database) as connection, self._moved(database.name, name):
             self.cache.disconnect(database)
             catalog.rename(connection, database.name, name)
 
@@ -567,6 +567,13 @@ class Router:
         there = database.neighbour(self.databases.config.maintenance_database)
         with _noted(database), self._transient(operation, there) as connection:
             yield connection
+
+    @contextmanager
+    def _moved(self, *names: str) -> Iterator[None]:
+        """Have the directory asked anew about *names* once the block has changed what there is."""
+        yield
+        for name in names:
+            self.databases.forget(name)
 
     def _check_dispensable(self, database: Database) -> None:
         if database.name == self.databases.config.maintenance_database:

@@ -152,13 +152,18 @@ class Scripts:
 
 
 def is_relative(target: str) -> bool:
-    """Whether what *target* means depends on where a database is, as with ``+1``, or is reckoned from another revision."""
+    """Whether *target* is reckoned from where a database is, as ``+1`` is, or from another revision."""
     return _RELATIVE.search(target) is not None
 
 
 @lru_cache(maxsize=16)
 def _loaded(source: Source) -> Scripts:
     return Scripts(source)
+
+
+def forget() -> None:
+    """Read all scripts anew when they are next asked for: there is a new one."""
+    _loaded.cache_clear()
 
 
 def location_of(given: str) -> str:

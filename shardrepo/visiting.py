@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar, cast, overload
 
 from sqlalchemy import Executable, Select
@@ -14,7 +14,7 @@ from .calls import checked_seconds
 from .context import check_plain
 from .database import Choice, Chosen, Database, choose
 from .directory import Location
-from .errors import ConfigError, note_database
+from .errors import ConfigError, ListingError, note_database
 from .router import Router
 
 T = TypeVar("T")
@@ -95,7 +95,8 @@ class Across:
     def _targets(self) -> list[Target | Outcome[Any]]:
         """The databases, each once; what cannot be located is an outcome already."""
         found: dict[str, Target | Outcome[Any]] = {}
-        for given in self._router.databases.listed() if self._given is None else self._given:
+        unlisted: list[Outcome[Any]] = []
+        for given in self._listed(unlisted) if self._given is None else self._given:
             target = self._located(given)
             before = found.setdefault(target.name, target)
             if isinstance(before, Target) and isinstance(target, Target) and before != target:
@@ -103,7 +104,15 @@ class Across:
                     f"{target.name!r} is named twice, as {before.database!r} and as {target.database!r}: their "
                     "outcomes could not be told apart"
                 )
-        return list(found.values())
+        return [*unlisted, *found.values()]
+
+    def _listed(self, unlisted: list[Outcome[Any]]) -> Sequence[Location]:
+        """What the directory lists; a server that does not say what it has is an outcome, called by its address."""
+        try:
+            return self._router.databases.listed()
+        except ListingError as error:
+            unlisted += [Outcome(server, None, 0.0, error=failure) for server, failure in error.failures.items()]
+            return error.found
 
     def _located(self, given: Choice | Location | None) -> Target | Outcome[Any]:
         name = given.name if isinstance(given, Location) else given.bare_name if given is not None else None

@@ -13,6 +13,7 @@ from multiprocessing.connection import wait
 from typing import Any, Final, Protocol
 
 from ..across import Outcome
+from ..errors import ConfigError
 from . import worker
 from .outcomes import Migration
 from .plan import Task
@@ -20,6 +21,9 @@ from .worker import Manner, carry_out
 
 # Not a fork, which would inherit the locks of this process's threads.
 _SPAWN: Final = multiprocessing.get_context("spawn")
+
+# Seconds that a scheduler gets to answer.
+_ANSWER: Final = 10
 
 
 class Crew(Protocol):
@@ -109,6 +113,32 @@ class Guests:
 
     def close(self) -> None:
         self.stop()
+
+
+@contextmanager
+def executor_of(url: str | None) -> Iterator[Executor | None]:
+    """The executor that *url* names, ``dask://host:port`` for a Dask cluster; none if that is None.
+
+    Raises:
+        ConfigError: There is no such kind, what it needs is not installed, or nobody answers there.
+    """
+    if url is None:
+        yield None
+        return
+    scheme, _, address = url.partition("://")
+    if scheme != "dask" or not address:
+        raise ConfigError(f"an executor is named as dask://host:port, not {url!r}")
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ConfigError("a Dask cluster takes what is not installed: pip install 'shardrepo[dask]'") from error
+    try:
+        client = Client(f"tcp://{address}", timeout=_ANSWER)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no Dask scheduler answers at {address} within {_ANSWER} s: {error}") from error
+    with client:
+        # Impure: the same task is to be done as often as it is asked for.
+        yield client.get_executor(pure=False)
 
 
 def _enlist(stop: Any) -> None:

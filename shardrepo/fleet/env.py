@@ -6,8 +6,8 @@
 
     env.run(MyRepo, Base.metadata)
 
-Run by Alembic itself, it migrates one database: the repo's default, or with ``-x database=shard02`` the one of that name,
-wherever the directory says that is.
+Run by Alembic itself, it migrates one database: the repo's default, or with ``-x database=shard02`` the one of that
+name, wherever the directory says that is.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def run(repo: type[Repo], target_metadata: MetaData | list[MetaData] | None, **o
     options = {**_checked(repo, options), "target_metadata": target_metadata}
     handed = context.config.attributes.get(HANDED)
     if context.is_offline_mode():
-        context.configure(dialect_name="postgresql", literal_binds=True, dialect_opts={"paramstyle": "named"}, **options)
+        context.configure(
+            dialect_name="postgresql", literal_binds=True, dialect_opts={"paramstyle": "named"}, **options
+        )
         _run_migrations()
     elif handed is None:
         _log()

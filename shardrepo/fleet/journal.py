@@ -1,7 +1,6 @@
 """What a run has set out to do and what has become of it, on disk: a line of JSON for each fact, none ever changed.
 
-A line is written before what it tells of is begun, and after it has ended, so that a run that was killed can be taken up
-where it was.
+One is written before a task is begun and one after it has ended, so that a run that was killed can be taken up again.
 """
 
 from __future__ import annotations

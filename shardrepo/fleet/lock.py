@@ -1,8 +1,8 @@
 """The lock of a database that is being migrated, and who stands in the way of a migration.
 
-It is an advisory lock of the session that migrates, so that it goes when that goes, whatever becomes of its process. It is
-polled: a session that waits for it in a statement holds a snapshot, for which CREATE INDEX CONCURRENTLY in the session
-that has the lock would wait, and both for ever.
+It is an advisory lock of the session that migrates, so that it goes when that goes, whatever becomes of its process.
+It is polled: a session that waits for it in a statement holds a snapshot, for which CREATE INDEX CONCURRENTLY in the
+session that has the lock would wait, and both for ever.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _HOLDERS: Final = text(
     "SELECT a.pid, a.usename, a.application_name, a.state, a.query, a.backend_start AS since "
     "FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a USING (pid) "
     "WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND a.datname = current_database() "
-    f"AND l.classid::bigint = {KEY >> 32} AND l.objid::bigint = {KEY & 0xFFFFFFFF}"
-)
+    "AND l.classid::bigint = :high AND l.objid::bigint = :low"
+).bindparams(high=KEY >> 32, low=KEY & 0xFFFFFFFF)
 _BLOCKERS: Final = text(
     "SELECT a.pid, a.usename, a.application_name, a.state, a.query, a.xact_start AS since "
     "FROM pg_catalog.pg_stat_activity a WHERE a.pid = ANY (pg_catalog.pg_blocking_pids(:pid))"

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from ..across import Outcome, Target
 from ..database import Database
 from ..directory import Location
 from ..errors import ConfigError, ListingError, UnknownDatabaseError
@@ -91,6 +92,16 @@ class Members:
     found: Sequence[Member]
     failures: Mapping[str, Exception]
 
+    def targets(self) -> list[Target | Outcome[Any]]:
+        """What to visit; a server whose databases could not be listed is an outcome, called by its address."""
+        unlisted = [Outcome[Any](server, None, 0.0, error=error) for server, error in self.failures.items()]
+        return [*unlisted, *targets_of(self.found)]
+
+
+def targets_of(members: Iterable[Member]) -> list[Target]:
+    """The databases of *members*, to visit."""
+    return [Target(member.name, member.database) for member in members]
+
 
 def members(repo: type[Repo], where: Selection = ALL) -> Members:
     """The members of the fleet that *where* selects; what the directory says now.
@@ -105,7 +116,11 @@ def members(repo: type[Repo], where: Selection = ALL) -> Members:
         known = _named(where.names, databases.location) if where.names else databases.listed()
     except ListingError as error:
         known, failures = error.found, error.failures
-    found = [Member(each.name, databases.tended(each), each.state, each.tags) for each in known]
+    found = [
+        Member(each.name, databases.tended(each), each.state, each.tags)
+        for each in known
+        if where.names or each.name != databases.config.template_database
+    ]
     selected = [member for member in found if where.admits(member)]
     if found and not selected and not failures:
         raise ConfigError(f"{_said(where)} selects none of {len(found)} databases{_hint(where, found)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..across import Outcome
 from ..database import Database
-from ..errors import ConfigError, ReadOnlyError, UnknownDatabaseError
+from ..errors import ConfigError, ReadOnlyError
 from ..scripts import Scripts, Source, location_of
 from . import journal as journals
 from .crew import Crew, Guests, Processes
 from .journal import Account, Journal
-from .members import ALL, Member, Selection, members
+from .members import ALL, Member, Selection, members, targets_of
 from .outcomes import Failure, Migration
 from .plan import Judge, Part, Share, Stage, Task, Work, in_rounds, staged
 from .report import Report
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 # Where the scripts are if nobody says so.
 SCRIPTS: Final = "migrations"
+
+# Parts that a plan shows.
+_MAX_PARTS: Final = 20
 
 _JOBS: Final = max(4, os.cpu_count() or 1)
 
@@ -79,6 +82,9 @@ class Rollout:
                 raise ConfigError(f"{name} must be a positive number of seconds, not {value!r}")
 
 
+DEFAULT: Final = Rollout()
+
+
 @dataclass(slots=True)
 class Plan:
     """What a migration will do.
@@ -98,6 +104,22 @@ class Plan:
         """How many databases it changes."""
         return len({task.name for part in self.parts for task in part.tasks})
 
+    def lines(self) -> Iterator[str]:
+        """What it comes to, in a screen at most."""
+        report = self.report
+        stand = ", ".join(f"{count} {standing}" for standing, count in report.standings.items())
+        yield f"{report.work} {report.target}: {self.size} databases to do; they are {stand or 'none'}"
+        for part in self.parts[:_MAX_PARTS]:
+            allowed = "any number may fail" if part.max_failures is None else f"{part.max_failures} may fail"
+            names = ", ".join(task.name for task in part.tasks[:3])
+            more = f" and {len(part.tasks) - 3} more" if len(part.tasks) > 3 else ""
+            yield f"  {part.title}: {len(part.tasks)} ({names}{more}), {allowed}"
+        if len(self.parts) > _MAX_PARTS:
+            yield f"  and {len(self.parts) - _MAX_PARTS} more parts"
+        yield from report.causes.lines()
+        for server, error in report.unlisted.items():
+            yield f"  the databases of {server} cannot be listed: {error}"
+
 
 class Operation:
     """One migration of a fleet.
@@ -113,7 +135,7 @@ class Operation:
         work: Work,
         target: str,
         where: Selection = ALL,
-        how: Rollout = Rollout(),
+        how: Rollout = DEFAULT,
         source: Source | None = None,
         observe: Observer = lambda _: None,
     ) -> None:
@@ -147,7 +169,7 @@ class Operation:
         self._addresses |= {member.name: member.database for member in found}
         known = {member.name: member for member in found}
         due = []
-        swept = sweep(self._databases, found, self._how.per_server)
+        swept = sweep(self._databases, targets_of(found), self._how.per_server)
         for number, outcome in enumerate(swept, 1):
             task = self._task(known[outcome.name])
             verdict = None if outcome.error is not None else self._judge.judge(outcome.result())
@@ -184,7 +206,7 @@ class Operation:
             for server, member in there.items()
         }
         tasks = []
-        for outcome in sweep(self._databases, list(stands.values()), self._how.per_server):
+        for outcome in sweep(self._databases, targets_of(stands.values()), self._how.per_server):
             if outcome.error is not None:
                 # One that is missing is made with the first database that is made from it; what else is wrong with its
                 # server is told of the databases that it has.
@@ -285,7 +307,9 @@ class Operation:
                 return
             known |= {member.name for member in born}
             number = len(plan.parts)
-            parts = [Part(part.tasks, part.max_failures, part.pause, "made meanwhile") for part in self._planned(born, plan)]
+            parts = [
+                Part(part.tasks, part.max_failures, part.pause, "made meanwhile") for part in self._planned(born, plan)
+            ]
             if journal is not None:
                 journal.plan(parts)
             plan.parts += parts
@@ -349,7 +373,9 @@ def resume(
         raise ConfigError("a run is taken up from its journal: say in which folder that is")
     account = journals.read(folder, run)
     if (account.head["repo"], account.head["work"]) != (path_of(repo), work):
-        raise ConfigError(f"run {run!r} was: {account.head['work']} of {account.head['repo']}; that is how it is taken up")
+        raise ConfigError(
+            f"run {run!r} was: {account.head['work']} of {account.head['repo']}; that is how it is taken up"
+        )
     journal = Journal.go_on(folder, run)
     where = Selection.of(account.head["where"])
     operation = Operation(repo, work, account.head["target"], where, how, source, observe)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 from math import floor
-from typing import Final, Literal, Self, TypeAlias
+from typing import Any, Final, Literal, Self, TypeAlias
 
 from ..errors import ConfigError, unknown
 from ..scripts import Move, Revisions, Scripts, Standing, is_relative
@@ -42,7 +42,9 @@ class Share:
             number = -1.0
         percent = text.endswith("%")
         if not 0 <= number < float("inf") or (percent and number > 100) or (not percent and number != int(number)):
-            raise ConfigError(f"{name} must be a number of databases, like 5, or a part of them, like 2%, not {given!r}")
+            raise ConfigError(
+                f"{name} must be a number of databases, like 5, or a part of them, like 2%, not {given!r}"
+            )
         return cls(number, percent)
 
     def out_of(self, total: int) -> int:
@@ -78,7 +80,7 @@ class Stage:
         Raises:
             ConfigError: It is neither, or one of the attributes is wrong.
         """
-        facts = dict(given) if isinstance(given, dict) else {"size": given}
+        facts: dict[str, Any] = dict(given) if isinstance(given, dict) else {"size": given}
         for name in facts:
             if name not in cls.__slots__:
                 raise ConfigError(unknown("attribute of a stage", str(name), cls.__slots__))
@@ -166,12 +168,10 @@ def staged(tasks: Sequence[Task], stages: Sequence[Stage]) -> list[Part]:
 
 def by_turns(tasks: Iterable[Task]) -> list[Task]:
     """*tasks*, one of each server after the other."""
-    seen: Counter[str] = Counter()
-    numbered = []
+    queues: dict[str, list[Task]] = {}
     for task in tasks:
-        numbered.append((seen[task.server], len(numbered), task))
-        seen[task.server] += 1
-    return [task for *_, task in sorted(numbered, key=lambda each: each[:2])]
+        queues.setdefault(task.server, []).append(task)
+    return [task for turn in zip_longest(*queues.values()) for task in turn if task is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,9 +243,8 @@ _DUE: Final[Mapping[Work, tuple[Standing, ...]]] = {
 }
 
 
-
 def in_rounds(scripts: Scripts, target: str, found: Sequence[tuple[Task, Revisions]]) -> list[tuple[str, list[Task]]]:
-    """One round for each revision up to *target*, in the order in which they are run: the tasks of those that lack it."""
+    """A round for each revision up to *target*, in the order in which they are run: the tasks of those that lack it."""
     rounds = []
     for step in scripts.steps("upgrade", target, ()):
         revision = step.revision.revision

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from ..across import Outcome
 from ..errors import FleetError
-from ..scripts import Revisions, Standing
+from ..scripts import Standing
 from .outcomes import Failure, Migration
 from .plan import Task
 from .runner import Ending
@@ -149,7 +149,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 when all are where they were to go; 1 when some failed, 3 when more than may, 130 when it was ended early."""
+        """0 when all are where they were to go; 1 when some failed, 3 when more than may, 130 when interrupted."""
         if self.ending == "interrupted":
             return INTERRUPTED
         if self.ending == "budget":
@@ -178,7 +178,7 @@ class Report:
         for server, error in list(self.unlisted.items())[:MAX_CAUSES]:
             yield f"  the databases of {server} could not be listed, and were left alone: {error}"
         if self.ending == "budget":
-            yield "ended early: more failed than --max-failures or the stage allows; what was under way has been finished"
+            yield "ended early: more failed than --max-failures or the stage allows; what was under way was finished"
         if self.ending == "interrupted":
             yield "interrupted: what was under way has been finished, or rolled back to its last revision"
         if self.ending == "journal":

@@ -6,15 +6,15 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from ..across import Outcome
 from .crew import Crew
 from .journal import Journal
 from .outcomes import Failure, Migration
-from .plan import Part, Share, Task
+from .plan import Part, Task
 from .worker import Manner
 
 Ending: TypeAlias = Literal["complete", "budget", "interrupted", "journal"]
@@ -251,7 +251,7 @@ class Runner:
 
 def _lost(task: Task, error: BaseException) -> Outcome[Migration]:
     failure = Failure(
-        f"the process that had it died, {_LIVES} times: {error or type(error).__name__}; what it had begun was rolled back",
+        f"the process that had it died, {_LIVES} times: {error or type(error).__name__}; what it began was rolled back",
         kind="lost",
     )
     return Outcome(task.name, task.home, 0.0, None, failure)

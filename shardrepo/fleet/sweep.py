@@ -10,14 +10,13 @@ from sqlalchemy import Column, MetaData, Select, String, Table, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ProgrammingError
 
-from ..across import Outcomes, Target, fan_out
+from ..across import Outcome, Outcomes, Target, fan_out
 from ..errors import sqlstate_of
 from ..pool import autocommit, vouch
 from ..scripts import Revisions
 
 if TYPE_CHECKING:
     from ..databases import Databases
-    from .members import Member
 
 # Databases of a server that are asked at a time: more of them were no faster.
 PER_SERVER: Final = 4
@@ -26,8 +25,10 @@ PER_SERVER: Final = 4
 _MISSING: Final = ("42P01", "3F000")
 
 
-def sweep(databases: Databases, members: Sequence[Member], per_server: int = PER_SERVER) -> Outcomes[Revisions]:
-    """The revisions that each of *members* is at, as the answers come; through connections of their own.
+def sweep(
+    databases: Databases, targets: Sequence[Target | Outcome[Revisions]], per_server: int = PER_SERVER
+) -> Outcomes[Revisions]:
+    """The revisions that each of *targets* is at, as the answers come; through connections of their own.
 
     One round trip each, beside the connect. A server that is down fails those on it, and delays no others.
     """
@@ -39,7 +40,7 @@ def sweep(databases: Databases, members: Sequence[Member], per_server: int = PER
             autocommit(connection)
             return read_revisions(connection, table)
 
-    return fan_out([Target(each.name, each.database) for each in members], ask, per_server=per_server)
+    return fan_out(targets, ask, per_server=per_server)
 
 
 def read_revisions(connection: Connection, table: str) -> Revisions:

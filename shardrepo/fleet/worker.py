@@ -88,7 +88,7 @@ def carry_out(manner: Manner, task: Task) -> Outcome[Migration]:
     value = error = None
     try:
         repo = repo_of(manner.repo)
-        value = _tried(repo, located(repo, task), manner, task)
+        value = migrate(repo, located(repo, task), manner, task)
     except Exception as raised:
         error = Failure.of(raised)
     return Outcome(task.name, task.home, monotonic() - begun, value, error)
@@ -102,17 +102,27 @@ def repo_of(path: str) -> type[Repo]:
     """
     from ..repo import Repo
 
+    found = object_of(path, "a repo", "app.repo:MyRepo")
+    if not (isinstance(found, type) and issubclass(found, Repo) and found is not Repo):
+        raise ConfigError(f"{path!r} is {found!r}, not a repo: name a subclass of Repo that has a config")
+    return found
+
+
+def object_of(path: str, kind: str, example: str) -> Any:
+    """What ``module:name`` names.
+
+    Raises:
+        ConfigError: There is nothing of that name.
+    """
     module, _, name = path.partition(":")
     if not module or not name:
-        raise ConfigError(f"a repo is named as module:Class, like app.repo:MyRepo, not {path!r}")
+        raise ConfigError(f"{kind} is named as module:name, like {example}, not {path!r}")
     try:
-        found: Any = importlib.import_module(module)
+        found = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"no repo {path!r}: {error}; run where it can be imported, or name another") from error
-    if not (isinstance(found, type) and issubclass(found, Repo) and found is not Repo):
-        raise ConfigError(f"{path!r} is {found!r}, not a repo: name a subclass of Repo that has a config")
+        raise ConfigError(f"{kind} {path!r} cannot be imported: {error}") from error
     return found
 
 
@@ -141,8 +151,8 @@ def located(repo: type[Repo], task: Task) -> Database:
     database = member.database if task.template is None else member.database.neighbour(task.template)
     if database.home != task.home:
         raise WrongDatabaseError(
-            f"{task.name} was to be migrated in {task.home}, and is {database.home} for this process: nothing was sent. "
-            "See that both have the same directory",
+            f"{task.name} was to be migrated in {task.home}, and is {database.home} for this process: nothing was "
+            "sent. See that both have the same directory",
             expected=task.home,
             found=database.home,
         )
@@ -151,13 +161,17 @@ def located(repo: type[Repo], task: Task) -> Database:
 
 @lru_cache(maxsize=8)
 def _list(databases: Databases, _: int) -> None:
-    """Learn where all databases are, once for as long as that is believed: some directories ask every server for each."""
+    """Learn where all databases are, for as long as that is believed: some directories ask all servers each time."""
     with suppress(Exception):
         databases.listed()
 
 
-def _tried(repo: type[Repo], database: Database, manner: Manner, task: Task) -> Migration:
-    """Migrate, again where a wait for somebody else's lock has ended it."""
+def migrate(repo: type[Repo], database: Database, manner: Manner, task: Task) -> Migration:
+    """Do in *database* what is to be done, in this process; again where a wait for somebody else's lock has ended it.
+
+    Raises:
+        Failure: It could not be done. What was begun is rolled back to the last revision.
+    """
     for attempt in count(1):
         run = Run(repo._router.databases, database, manner, task)
         try:
@@ -197,8 +211,8 @@ class Run:
         """Take the lock, run what is to be run, and read where the database is then."""
         config, manner = self._databases.config, self._manner
         with self._databases.cache.transient(self._database) as connection:
-            take(connection, manner.session, manner.lock_timeout, manner.patience, _check)
-            event.listen(connection, "before_cursor_execute", _check)
+            take(connection, manner.session, manner.lock_timeout, manner.patience, _stop_if_told)
+            event.listen(connection, "before_cursor_execute", _stop_if_told)
             lookout = Lookout(self._databases, self._database, connection, manner.lock_timeout)
             try:
                 with lookout:
@@ -258,7 +272,7 @@ def _only_on(connection: Connection, work: Callable[..., Any]) -> Callable[..., 
     return checked
 
 
-def _check(*_: Any) -> None:
+def _stop_if_told(*_: Any) -> None:
     """Raise if this process is to stop; between two statements, as an event's listener."""
     if is_stopped():
         raise Failure("stopped between two statements, and rolled back to the last revision", kind="interrupted")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 if TYPE_CHECKING:
     import typer
 
-    from .demo.report import Report, Settings
+    from ..demo.report import Report, Settings
 
 
 def main() -> None:
@@ -16,7 +16,14 @@ def main() -> None:
         import typer  # noqa: F401  # here, so that its absence is told and not a traceback
     except ModuleNotFoundError as error:
         _give_up(f"the command needs {error.name}, which is not installed: pip install 'shardrepo[cli]'")
-    application()()
+    from ..errors import ConnectError, ShardRepoError, UnknownDatabaseError
+    from ..fleet.report import FAILED, USAGE
+
+    try:
+        application()()
+    except ShardRepoError as error:
+        is_usage = not isinstance(error, ConnectError) or isinstance(error, UnknownDatabaseError)
+        _give_up(str(error), USAGE if is_usage else FAILED)
 
 
 # Annotations are evaluated where typer was imported, so this module cannot postpone them.
@@ -45,20 +52,23 @@ def application() -> "typer.Typer":
 
         Exits with 1 if a row was wrong, or if the Repo failed an operation or went above its bound.
         """
-        from .demo.report import Settings
+        from ..demo.report import Settings
 
         settings = Settings(servers, databases, threads, think_ms, seconds, pool_size, seed)
         raise typer.Exit(0 if _demo(settings, as_json=as_json).passed else 1)
 
+    from .fleet import add_commands
+
+    add_commands(app)
     return app
 
 
 def _demo(settings: "Settings", *, as_json: bool) -> "Report":
-    from .testing.postgres import ServerStartError
+    from ..testing.postgres import ServerStartError
 
     try:
-        from .demo.run import run
-        from .demo.show import make_show, print_report
+        from ..demo.run import run
+        from ..demo.show import make_show, print_report
 
         report = run(settings, make_show(sys.stderr if as_json else sys.stdout))
     except ImportError as error:
@@ -72,5 +82,6 @@ def _demo(settings: "Settings", *, as_json: bool) -> "Report":
     return report
 
 
-def _give_up(message: str) -> NoReturn:
-    sys.exit(f"shardrepo: {message}")
+def _give_up(message: str, code: int = 1) -> NoReturn:
+    print(f"shardrepo: {message}", file=sys.stderr)
+    sys.exit(code)
