@@ -7,7 +7,9 @@ Leans on three methods of Alembic's `ScriptDirectory` that only its own commands
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -74,8 +76,9 @@ class Scripts:
 
     @classmethod
     def of(cls, source: Source) -> Scripts:
-        """Those of *source*, loaded at the first call in this process."""
-        return _loaded(source)
+        """Those of *source*, loaded at the first call in this process, whichever thread's that is."""
+        with _loading:
+            return _loaded(source)
 
     def resolve(self, target: str) -> Revisions:
         """The revisions that *target* names: ``head``, ``heads``, ``base`` or one, also by its first characters.
@@ -132,6 +135,13 @@ class Scripts:
             return "behind"
         return "ahead" if self.missing(target, found) else "at"
 
+    def lacking(self, found: Revisions) -> int:
+        """How many revisions a database at *found* lacks to be used by the application that has these scripts; 0 for no
+        more than `TOLERATED`, and where it is at a newer one that they do not know.
+        """
+        missing = 0 if self.standing(found, self.heads) == "unknown" else self.missing(found, self.heads)
+        return missing if missing > TOLERATED else 0
+
     def knows(self, revision: str) -> bool:
         """Whether there is a script of exactly that revision."""
         try:
@@ -148,6 +158,20 @@ class Scripts:
         if not revisions:
             return set()
         return {script.revision for script in self.directory.iterate_revisions(revisions, "base")}
+
+
+# Held while scripts are read, which is done once for all who need them. Reentrant because the collector may run a
+# finaliser under it that uses a verb.
+_loading = threading.RLock()
+
+
+def _after_fork() -> None:
+    # Another thread of the parent's may have held it.
+    global _loading
+    _loading = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @lru_cache(maxsize=16)

@@ -23,6 +23,7 @@ LAYERS = [
     {"database", "places"},
     {"transaction", "directory"},
     {"config", "context", "scram", "ledger", "listeners", "connection", "diagnosis"},
+    {"checks"},
     {"driver"},
     {"pool"},
     {"housekeeper", "pinned"},
