@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
 import psycopg
 from psycopg import pq
@@ -316,17 +316,14 @@ def _run(check: Check, connection: DriverConnection, target: Target, deadline: f
 def _unanswered(error: psycopg.Error, target: Target, deadline: float) -> ConnectError:
     """Tell why a check got no answer. No sign that the server is down: it has just let somebody in, and a lock on the
     version table may be all that there is to it."""
-    kind, facts, text = ConnectError, {}, str(error)
+    text, cut_short = str(error), False
     if isinstance(error, NoAnswer):
-        text = f"no answer within connect_timeout={target.timeout} s"
-        if deadline == call_deadline.get():
-            kind, facts = ServerUnavailableError, {"reason": "deadline"}
-            text = "no answer within the call's own timeout"
-    return kind(
+        cut_short = deadline == call_deadline.get()
+        limit = "the call's own timeout" if cut_short else f"connect_timeout={target.timeout} s"
+        text = f"no answer within {limit}"
+    message = (
         f"cannot connect to {target.database.home}: it was let in, then asked which database it is and at which "
-        f"revision: {text} (see verify_database and require_head; the user has to be allowed to read version_table)",
-        database=target.database,
-        sqlstate=error.sqlstate,
-        orig=error,
-        **facts,
+        f"revision: {text} (see verify_database and require_head; the user has to be allowed to read version_table)"
     )
+    facts: dict[str, Any] = {"database": target.database, "sqlstate": error.sqlstate, "orig": error}
+    return ServerUnavailableError(message, reason="deadline", **facts) if cut_short else ConnectError(message, **facts)
