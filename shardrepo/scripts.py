@@ -66,6 +66,7 @@ class Scripts:
         try:
             self.directory = ScriptDirectory.from_config(source.config())
             self.heads: Revisions = tuple(sorted(self.directory.get_heads()))
+            self._all = self._up_to(self.heads)
         except CommandError as error:
             raise ConfigError(f"no migrations in {source.location!r}: {error}; `shardrepo init` makes some") from error
         except Exception as error:
@@ -88,6 +89,8 @@ class Scripts:
         """
         if not target:
             raise ConfigError("the revision is empty: name one, or `head`")
+        if _RELATIVE.search(target):
+            raise ConfigError(f"{target!r} is relative to where a database is: name a revision, or `head`")
         try:
             found = self.directory.get_revisions(target)
         except CommandError as error:
@@ -112,20 +115,25 @@ class Scripts:
         the same however often it is asked for.
 
         Raises:
-            ConfigError: No way leads there, or it comes to several revisions.
+            ConfigError: No way leads there, or the revision's name alone would lead further, on other branches too.
         """
         if not _RELATIVE.search(target):
             return target
+        begin = " ".join(heads) or "base"
         try:
             steps = self.steps(move, target, heads)
+            ends = steps[-1].to_revisions_no_deps if steps else heads
+            end = str(ends[0]) if ends else "base"
+            # Where there are branches, the way to a revision by its name may be a longer one.
+            agrees = len(ends) < 2 and _revisions(steps) == _revisions(self.steps(move, end, heads))
         except CommandError as error:
-            raise ConfigError(f"{move} {target!r} leads nowhere from {' '.join(heads) or 'base'}: {error}") from error
-        ends = steps[-1].to_revisions_no_deps if steps else heads
-        if len(ends) > 1:
+            raise ConfigError(f"{move} {target!r} leads nowhere from {begin}: {error}") from error
+        if not agrees:
             raise ConfigError(
-                f"{move} {target!r} leads from {' '.join(heads)} to {', '.join(ends)}: name one of them instead"
+                f"{move} {target!r} leads from {begin} to {', '.join(ends) or 'base'} on one branch of several: name "
+                "the revision instead, with its branch, as in branch@revision"
             )
-        return str(ends[0]) if ends else "base"
+        return end
 
     def standing(self, found: Revisions, target: Revisions) -> Standing:
         """How a database that is at *found* stands to *target*."""
@@ -144,20 +152,22 @@ class Scripts:
 
     def knows(self, revision: str) -> bool:
         """Whether there is a script of exactly that revision."""
-        try:
-            script = self.directory.get_revision(revision)
-        except CommandError:
-            return False
-        return script is not None and script.revision == revision
+        return revision in self._all
 
     def _missing(self, found: Revisions, target: Revisions) -> int:
         """How many revisions a database at *found* lacks to have all that *target* has."""
         return len(self._up_to(target) - self._up_to(found))
 
     def _up_to(self, revisions: Revisions) -> set[str]:
-        if not revisions:
-            return set()
-        return {script.revision for script in self.directory.iterate_revisions(revisions, "base")}
+        # One by one: Alembic takes no revision beside another that depends on it.
+        return {
+            script.revision for revision in revisions for script in self.directory.iterate_revisions(revision, "base")
+        }
+
+
+def _revisions(steps: Sequence[Any]) -> list[str]:
+    """What *steps* run, in their order."""
+    return [step.revision.revision for step in steps]
 
 
 # Held while scripts are read, which is done once for all who need them. Reentrant because the collector may run a

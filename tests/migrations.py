@@ -24,6 +24,8 @@ def write_script(
         f"branch_labels = {tuple(labels) or None!r}\n"
         f"depends_on = {tuple(depends_on) or None!r}\n"
         f"{body}\n"
+        "def upgrade(): ...\n"
+        "def downgrade(): ...\n"
     )
     return script
 
