@@ -23,7 +23,7 @@ logger: Final = logging.getLogger("shardrepo.checks")
 _NAME: Final = "SELECT pg_catalog.convert_to(pg_catalog.current_database(), pg_catalog.getdatabaseencoding())"
 
 # A statement that names a table fails where there is none. Of the server's own functions that run a query only where
-# they are called, this is the one that every server has: those that make XML are missing from some.
+# they are called, ts_stat is the one that every server has: those that make XML are missing from some (decision 15).
 _REVISIONS: Final = (
     "CASE WHEN pg_catalog.to_regclass(%s) IS NOT NULL "
     "THEN ARRAY(SELECT pg_catalog.convert_to(word, 'UTF8') FROM pg_catalog.ts_stat(%s)) END"
@@ -64,7 +64,7 @@ class Check:
             ConfigError: They cannot be loaded.
         """
         if self.require_head != "off":
-            _ = self._scripts
+            self._scripts()
 
     def run(self, connection: DriverConnection) -> None:
         """Ask, and compare.
@@ -82,7 +82,6 @@ class Check:
             self._compare_name(name)
         self._compare_revisions(tuple(sorted(revision.decode() for revision in revisions or ())))
 
-    @property
     def _scripts(self) -> Scripts:
         from .scripts import Scripts, Source, location_of  # here, so that nobody else loads Alembic
 
@@ -101,7 +100,7 @@ class Check:
         )
 
     def _compare_revisions(self, found: tuple[str, ...]) -> None:
-        scripts = self._scripts
+        scripts = self._scripts()
         missing = scripts.lacking(found)
         if missing == 0:
             return
