@@ -110,7 +110,9 @@ class Config:
         verify_database: Whether each new connection is asked which database it leads to, by the server's own word: a
             pooler or a directory may send it to another one than its address says.
         require_head: What becomes of a new connection to a database that lacks revisions of `script_location`, more
-            than the last one: "off" for nothing, "warn" for a log record, "raise" for `DatabaseBehindError`.
+            than the last one: "off" for nothing, "warn" for a log record, "raise" for `DatabaseBehindError`. One
+            by which databases are made, migrated or asked a single question is not held to it, and a revision that
+            the scripts do not have is a newer one.
         script_location: Where the schema's Alembic scripts are: a folder, or a package's as ``package:folder``.
         version_table: Where Alembic notes a database's revision, as ``table`` or ``schema.table``.
         template_database: The database of each server that new ones are copies of, kept at head; see `shardrepo.fleet`.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 
 import psycopg
 from psycopg import pq
@@ -20,11 +20,12 @@ from psycopg.abc import AdaptContext
 from psycopg.conninfo import make_conninfo
 
 from .calls import deadline as call_deadline
+from .checks import Check
 from .config import Config
-from .connection import DriverConnection, ready
+from .connection import DriverConnection, NoAnswer, ready
 from .database import Database, Secret, digest
 from .diagnosis import NO_SUCH_DATABASE, TRACES_LOGIN, Attempt, Reasons, Trace, error_of
-from .errors import ConfigError, ServerUnavailableError, WrongDatabaseError
+from .errors import ConfigError, ConnectError, ServerUnavailableError, WrongDatabaseError
 from .scram import Keys, KeyStore
 
 _BAD: Final = pq.ConnStatus.BAD
@@ -65,9 +66,10 @@ class Target:
     pooled: bool
     reads_only: bool
     maintenance_database: str
+    check: Check | None = None
 
     @classmethod
-    def of(cls, database: Database, config: Config) -> Target:
+    def of(cls, database: Database, config: Config, check: Check | None = None) -> Target:
         """Prepare connects to *database*. Raises `ConfigError` for a connection parameter that libpq does not know."""
         parameters = {**_KEEPALIVE, **dict(database.query), **config.connect_args}
         prepare_threshold = parameters.pop("prepare_threshold", None if config.pgbouncer else 5)
@@ -93,6 +95,7 @@ class Target:
             pooled=config.pgbouncer,
             reads_only=config.read_only,
             maintenance_database=config.maintenance_database,
+            check=check,
         )
 
 
@@ -105,18 +108,25 @@ def connect(target: Target, context: AdaptContext | None) -> DriverConnection:
     Raises:
         ConnectError: One of its subclasses where the cause can be told.
         WrongDatabaseError: The connection leads to another database than the one that was named.
+        DatabaseBehindError: Its database lacks too many revisions, and the target's check refuses that.
+        ConfigError: That check has no migrations to go by.
     """
-    attempt = _attempt(target)
+    if target.check is not None:
+        target.check.prepare()
+    deadline = min(monotonic() + target.timeout, call_deadline.get() or math.inf)
+    attempt = _attempt(target, deadline)
     if not attempt.succeeded:
         try:
             raise error_of(attempt, target.database, target.timeout)
         finally:
             attempt.pgconn.finish()
     connection = _opened(attempt, target)
+    _check_address(connection, target.database)
+    if target.check is not None:
+        _run(target.check, connection, target, deadline)
     connection.prepare_threshold = target.prepare_threshold
     if context is not None:
         connection.adapt_as(context)
-    _check_address(connection, target.database)
     return connection
 
 
@@ -129,13 +139,12 @@ def _opened(attempt: Attempt, target: Target) -> DriverConnection:
     return connection
 
 
-def _attempt(target: Target) -> Attempt:
+def _attempt(target: Target, deadline: float) -> Attempt:
     """Connect with the keys of the password if they are known, else with the password.
 
     What failed is tried once more, with the password and under libpq's trace, to learn the reason or new keys.
     """
     database = target.database
-    deadline = min(monotonic() + target.timeout, call_deadline.get() or math.inf)
     password = _password_of(database)
     login = target.conninfo, digest(password)
     # PgBouncer makes up a new salt for each login, or has one per server behind it: no keys are good for the next one.
@@ -287,3 +296,34 @@ def _check_address(connection: DriverConnection, database: Database) -> None:
             expected=database.home,
             found=f"{host}:{port}/{name}",
         )
+
+
+def _run(check: Check, connection: DriverConnection, target: Target, deadline: float) -> None:
+    """Have *connection* checked until *deadline*; it is closed unless it passes, and as new if it does."""
+    connection.prepare_threshold = None
+    connection.set_autocommit_mode(True)
+    connection.limit(deadline)
+    try:
+        check.run(connection)
+        connection.rest()
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, psycopg.Error):
+            raise _unanswered(error, target, deadline) from error
+        raise
+
+
+def _unanswered(error: psycopg.Error, target: Target, deadline: float) -> ConnectError:
+    """Tell why a check got no answer. No sign that the server is down: it has just let somebody in, and a lock on the
+    version table may be all that there is to it."""
+    text, cut_short = str(error), False
+    if isinstance(error, NoAnswer):
+        cut_short = deadline == call_deadline.get()
+        limit = "the call's own timeout" if cut_short else f"connect_timeout={target.timeout} s"
+        text = f"no answer within {limit}"
+    message = (
+        f"cannot connect to {target.database.home}: it was let in, then asked which database it is and at which "
+        f"revision: {text} (see verify_database and require_head; the user has to be allowed to read version_table)"
+    )
+    facts: dict[str, Any] = {"database": target.database, "sqlstate": error.sqlstate, "orig": error}
+    return ServerUnavailableError(message, reason="deadline", **facts) if cut_short else ConnectError(message, **facts)

@@ -24,6 +24,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.util import LRUCache
 
 from .calls import COPIED_ROWS
+from .checks import Check
 from .config import Config
 from .connection import OUTDATED, DriverConnection
 from .constraints import told_apart
@@ -254,10 +255,11 @@ class ConnectionCache:
         dialect = self._dialects.get(database.server)
         if dialect is not None and dialect.outdated:
             dialect = None
+        check = Check.of(database, kind, self.config, self.listeners)
         engine = create_engine(
             database.url.set(drivername="postgresql+shardrepo"),
             shared=dialect,
-            connect_args={"target": Target.of(database, self.config)},
+            connect_args={"target": Target.of(database, self.config, check)},
             poolclass=LedgerPool,
             ledger=self.ledger,
             database=database,

@@ -29,10 +29,12 @@ from .entries import EVICTIONS, NOTHING, Entry, Kind, State, Step, Wait
 from .errors import (
     CheckoutTimeoutError,
     ConnectError,
+    DatabaseBehindError,
     RepoDisposedError,
     ServerFullError,
     ServerUnavailableError,
     Unavailable,
+    WrongDatabaseError,
 )
 from .ledger import Ledger
 from .listeners import Listeners
@@ -437,6 +439,8 @@ def _verdict(error: BaseException | None) -> Verdict:
     if isinstance(error, ServerUnavailableError):
         return _VERDICTS[error.reason]
     if isinstance(error, ConnectError) and type(error) is not ConnectError:
+        return Verdict.ANSWERED
+    if isinstance(error, DatabaseBehindError | WrongDatabaseError):
         return Verdict.ANSWERED
     return Verdict.UNKNOWN
 

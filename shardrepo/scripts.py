@@ -7,7 +7,9 @@ Leans on three methods of Alembic's `ScriptDirectory` that only its own commands
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,6 +67,7 @@ class Scripts:
             self.config = source.config()
             self.directory = ScriptDirectory.from_config(self.config)
             self.heads: Revisions = tuple(sorted(self.directory.get_heads()))
+            self._all = self._up_to(self.heads)
         except CommandError as error:
             raise ConfigError(f"no migrations in {source.location!r}: {error}; `shardrepo init` makes some") from error
         except Exception as error:
@@ -75,8 +78,9 @@ class Scripts:
 
     @classmethod
     def of(cls, source: Source) -> Scripts:
-        """Those of *source*, loaded at the first call in this process."""
-        return _loaded(source)
+        """Those of *source*, loaded at the first call in this process, whichever thread's that is."""
+        with _loading:
+            return _loaded(source)
 
     def resolve(self, target: str) -> Revisions:
         """The revisions that *target* names: ``head``, ``heads``, ``base`` or one, also by its first characters.
@@ -86,6 +90,8 @@ class Scripts:
         """
         if not target:
             raise ConfigError("the revision is empty: name one, or `head`")
+        if _RELATIVE.search(target):
+            raise ConfigError(f"{target!r} is relative to where a database is: name a revision, or `head`")
         try:
             found = self.directory.get_revisions(target)
         except CommandError as error:
@@ -110,20 +116,25 @@ class Scripts:
         the same however often it is asked for.
 
         Raises:
-            ConfigError: No way leads there, or it comes to several revisions.
+            ConfigError: No way leads there, or the revision's name alone would lead further, on other branches too.
         """
         if not is_relative(target):
             return target
+        begin = " ".join(heads) or "base"
         try:
             steps = self.steps(move, target, heads)
+            ends = steps[-1].to_revisions_no_deps if steps else heads
+            end = str(ends[0]) if ends else "base"
+            # Where there are branches, the way to a revision by its name may be a longer one.
+            agrees = len(ends) < 2 and _revisions(steps) == _revisions(self.steps(move, end, heads))
         except CommandError as error:
-            raise ConfigError(f"{move} {target!r} leads nowhere from {' '.join(heads) or 'base'}: {error}") from error
-        ends = steps[-1].to_revisions_no_deps if steps else heads
-        if len(ends) > 1:
+            raise ConfigError(f"{move} {target!r} leads nowhere from {begin}: {error}") from error
+        if not agrees:
             raise ConfigError(
-                f"{move} {target!r} leads from {' '.join(heads)} to {', '.join(ends)}: name one of them instead"
+                f"{move} {target!r} leads from {begin} to {', '.join(ends) or 'base'} on one branch of several: name "
+                "the revision instead, with its branch, as in branch@revision"
             )
-        return str(ends[0]) if ends else "base"
+        return end
 
     def standing(self, found: Revisions, target: Revisions) -> Standing:
         """How a database that is at *found* stands to *target*."""
@@ -133,22 +144,45 @@ class Scripts:
             return "behind"
         return "ahead" if self.missing(target, found) else "at"
 
+    def lacking(self, found: Revisions) -> int:
+        """How many revisions a database at *found* lacks to be used by the application that has these scripts; 0 for no
+        more than `TOLERATED`, and where it is at a newer one that they do not know.
+        """
+        missing = 0 if self.standing(found, self.heads) == "unknown" else self.missing(found, self.heads)
+        return missing if missing > TOLERATED else 0
+
     def knows(self, revision: str) -> bool:
         """Whether there is a script of exactly that revision."""
-        try:
-            script = self.directory.get_revision(revision)
-        except CommandError:
-            return False
-        return script is not None and script.revision == revision
+        return revision in self._all
 
     def _missing(self, found: Revisions, target: Revisions) -> int:
         """How many revisions a database at *found* lacks to have all that *target* has."""
         return len(self._up_to(target) - self._up_to(found))
 
     def _up_to(self, revisions: Revisions) -> set[str]:
-        if not revisions:
-            return set()
-        return {script.revision for script in self.directory.iterate_revisions(revisions, "base")}
+        # One by one: Alembic takes no revision beside another that depends on it.
+        return {
+            script.revision for revision in revisions for script in self.directory.iterate_revisions(revision, "base")
+        }
+
+
+def _revisions(steps: Sequence[Any]) -> list[str]:
+    """What *steps* run, in their order."""
+    return [step.revision.revision for step in steps]
+
+
+# Held while scripts are read, which is done once for all who need them. Reentrant because the collector may run a
+# finaliser under it that uses a verb.
+_loading = threading.RLock()
+
+
+def _after_fork() -> None:
+    # Another thread of the parent's may have held it.
+    global _loading
+    _loading = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def is_relative(target: str) -> bool:

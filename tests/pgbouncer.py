@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -32,6 +32,7 @@ _GUARDED: Final = 'exec 3<&0; (read -r _ <&3; kill -KILL "$$") & exec "$@" 3<&- 
 
 _CONFIG: Final = """
 [databases]
+{aliases}
 * = host={server.host} port={server.port}
 
 [pgbouncer]
@@ -49,15 +50,16 @@ log_disconnections = 0
 
 
 @contextmanager
-def start_pgbouncer(server: Server, folder: Path) -> Iterator[URL]:
+def start_pgbouncer(server: Server, folder: Path, aliases: Mapping[str, str] = {}) -> Iterator[URL]:
     """Run PgBouncer in transaction mode in front of *server*; yields the URL that takes the server's place.
 
+    Who asks for a database that is among *aliases* is led to the one that it stands for.
     *folder* is made for its files, where the server's user gets to: PgBouncer refuses to run as root too.
     """
     if PROGRAM is None:
         raise RuntimeError(MISSING)
     port = _free_port()
-    _configure(server, folder, port)
+    _configure(server, folder, port, aliases)
     command = ["/bin/sh", "-c", _GUARDED, "sh", PROGRAM, str(folder / "pgbouncer.ini")]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, start_new_session=True)
@@ -68,10 +70,18 @@ def start_pgbouncer(server: Server, folder: Path) -> Iterator[URL]:
         yield server.url().set(port=port)
 
 
-def _configure(server: Server, folder: Path, port: int) -> None:
+def _configure(server: Server, folder: Path, port: int, aliases: Mapping[str, str]) -> None:
     folder.mkdir(mode=0o700)
     (folder / "users").write_text(f'"{server.username}" "{server.password}"\n')
-    config = _CONFIG.format(server=server, port=port, folder=folder, SERVER_CONNECTIONS=SERVER_CONNECTIONS)
+    config = _CONFIG.format(
+        server=server,
+        port=port,
+        folder=folder,
+        SERVER_CONNECTIONS=SERVER_CONNECTIONS,
+        aliases="\n".join(
+            f"{alias} = dbname={name} host={server.host} port={server.port}" for alias, name in aliases.items()
+        ),
+    )
     give_to_user(folder)
     if os.geteuid() == 0:
         config += f"user = {folder.owner()}\n"

@@ -58,6 +58,7 @@ class Proxy:
         self._accepted = 0
         self._resets = self._deaf = False
         self._connect_delay = self._chunk_delay = 0.0
+        self._misled: str | None = None
 
     def __repr__(self) -> str:
         return f"<Proxy {self.host}:{self.port} to {self._server[0]}:{self._server[1]}>"
@@ -132,6 +133,14 @@ class Proxy:
             self._connect_delay, self._chunk_delay = connect, chunk
 
         self._do(slow)
+
+    def mislead(self, database: str | None) -> None:
+        """Lead new connections to *database*, whichever they ask for, as a pooler may; None: to their own again."""
+
+        def mislead() -> None:
+            self._misled = database
+
+        self._do(mislead)
 
     def _do(self, step: Callable[[], T]) -> T:
         async def do() -> T:
@@ -211,6 +220,8 @@ class Proxy:
                 data = b""
             await asyncio.sleep(self._chunk_delay)
             await link.hears.wait()
+            if self._misled is not None and source is link.client:
+                data = _asking_for(self._misled, data)
             # Whoever is gone may have said why: that is still to be read from the other side.
             with suppress(ConnectionError):
                 await self._loop.sock_sendall(target, data)
@@ -241,3 +252,15 @@ class _Link:
             if self.resets:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             end.close()
+
+
+def _asking_for(database: str, data: bytes) -> bytes:
+    """A client's startup packet that asks for *database*; anything else that a client sends as it is."""
+    # https://www.postgresql.org/docs/current/protocol-message-formats.html: a length and the protocol's version, where
+    # all other messages but the requests for encryption begin with a letter; then names and values.
+    if data[:1] != b"\0" or data[4:6] != b"\0\3":
+        return data
+    words = data[8:].split(b"\0")
+    words[words.index(b"database") + 1] = database.encode()
+    packet = data[4:8] + b"\0".join(words)
+    return struct.pack("!I", len(packet) + 4) + packet

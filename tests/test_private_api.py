@@ -1,4 +1,4 @@
-"""What the library leans on in psycopg, libpq and SQLAlchemy without a promise, a test for each."""
+"""What the library leans on in psycopg, libpq, SQLAlchemy and Alembic without a promise, a test for each."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import traceback
 import weakref
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import psycopg
 import pytest
+from alembic import command
+from alembic.config import Config as AlembicConfig
+from alembic.script import ScriptDirectory
 from psycopg import pq
 from psycopg.adapt import AdaptersMap, Loader
 from sqlalchemy import create_engine, event, func, insert, select, text
@@ -50,6 +54,7 @@ from shardrepo.pool import _IDLE, _IN_TRANSACTION
 from shardrepo.session import Snapshot
 from shardrepo.testing.servers import Server
 
+from .migrations import write_script
 from .models import Post, Tag, User
 
 # psycopg and libpq
@@ -551,6 +556,56 @@ def test_a_frozen_result_comes_in_by_merge(engine: Engine, monkeypatch: pytest.M
             merge_frozen_result(session, select(User), frozen, load=load)()
         session.merge(state.obj())
     assert merged == [state] * 3
+
+
+# Alembic
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> ScriptDirectory:
+    """Three revisions, of which the last merges the other two."""
+    write_script(tmp_path, "left")
+    write_script(tmp_path, "right")
+    write_script(tmp_path, "both", "left", "right")
+    config = AlembicConfig()
+    config.set_main_option("script_location", str(tmp_path))
+    return ScriptDirectory.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("_upgrade_revs", ["destination", "current_rev"]),
+        ("_downgrade_revs", ["destination", "current_rev"]),
+        ("_stamp_revs", ["revision", "heads"]),
+    ],
+)
+def test_the_steps_of_a_move_are_asked_for(method: str, parameters: list[str]) -> None:
+    """`ScriptDirectory` has a method for each, of a target and where a database is (scripts.steps)."""
+    assert list(inspect.signature(getattr(ScriptDirectory, method)).parameters) == ["self", *parameters]
+
+
+def test_a_database_may_be_at_several_revisions(directory: ScriptDirectory) -> None:
+    """Each takes them as a tuple, though some say otherwise; a step tells what it runs and where it ends."""
+    at: Any = ("left", "right")
+    (up,) = directory._upgrade_revs("heads", at)
+    (down,) = directory._downgrade_revs("left", ("both",))  # type: ignore[arg-type]
+    assert [step.revision.revision for step in (up, down)] == ["both", "both"]
+    assert (up.to_revisions_no_deps, set(down.to_revisions_no_deps)) == (("both",), {"left", "right"})
+    (stamp,) = directory._stamp_revs("both", at)
+    assert stamp.to_revisions_no_deps == ("both",)
+    nothing: Any = ()
+    assert [step.revision.revision for step in directory._upgrade_revs("heads", nothing)][-1] == "both"
+
+
+def test_alembics_commands_run_those_steps() -> None:
+    """They are what `upgrade`, `downgrade` and `stamp` hand to a migration, so that ours run the same."""
+    for run, method in (
+        (command.upgrade, "_upgrade_revs"),
+        (command.downgrade, "_downgrade_revs"),
+        (command.stamp, "_stamp_revs"),
+    ):
+        assert f"return script.{method}(" in inspect.getsource(run)
 
 
 # The interpreter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from psycopg.rows import dict_row
 from sqlalchemy import select, text
 from sqlalchemy.engine import URL
 
-from shardrepo import Repo
+from shardrepo import DatabaseBehindError, Repo, WrongDatabaseError
 from shardrepo.testing.servers import Server, Servers, count_statements
 
 from ..conftest import TEMPLATE, books_balance, run_sql
+from ..migrations import write_line
 from ..models import Tag
 from ..pgbouncer import MISSING, PROGRAM, start_pgbouncer
 
@@ -31,8 +33,8 @@ KEPT = THREADS * DATABASES
 
 @pytest.fixture(scope="module")
 def pooler(servers: Servers) -> Iterator[URL]:
-    """The address of a PgBouncer in front of the first server."""
-    with start_pgbouncer(servers[0], servers.directory / "pgbouncer") as url:
+    """The address of a PgBouncer in front of the first server, with one entry that leads to another database."""
+    with start_pgbouncer(servers[0], servers.directory / "pgbouncer", {"misled": "lasting2"}) as url:
         yield url
 
 
@@ -220,3 +222,31 @@ def test_a_database_that_is_made_and_dropped(repo: type[Repo]) -> None:
     assert repo.database_exists(name)
     assert repo.drop_database(name, force=True)
     assert not repo.database_exists(name)
+
+
+def test_an_entry_that_leads_to_another_database(make_pooled: Callable[..., type[Repo]], two_databases: Any) -> None:
+    """`verify_database` finds it out before anybody gets the connection; without it, nobody does."""
+    repo = make_pooled("misled", verify_database=True)
+    for _ in range(2):
+        with pytest.raises(WrongDatabaseError) as caught:
+            repo.insert(Tag(label="lost"))
+        assert caught.value.found == f"{repo.get_database().server}/{two_databases[1]}"
+    assert (repo.stats().failed, books_balance(repo)) == (2, True)
+    assert make_pooled("misled").count(Tag) == 0
+
+
+def test_a_connection_that_is_asked(
+    make_pooled: Callable[..., type[Repo]], database: str, server: Server, tmp_path: Path
+) -> None:
+    """Both questions are one statement, unprepared, and leave no transaction open; the answer may change."""
+    location = write_line(tmp_path, "r1", "r2", "r3")
+    repo = make_pooled(database, verify_database=True, require_head="raise", script_location=location)
+    with pytest.raises(DatabaseBehindError):
+        repo.count(Tag)
+    run_sql(server, database, "CREATE TABLE alembic_version AS SELECT 'r3' AS version_num")
+    repo.count(Tag)
+    repo.disconnect()
+    with count_statements(server, database=database) as counted:
+        assert repo.count(Tag) == 0
+    assert ["current_database()" in each.sql for each in counted.statements] == [True, False]
+    assert {each.prepared for each in counted.statements} == {None}

@@ -128,7 +128,7 @@ def test_a_pool_is_no_larger_than_all_that_there_may_be() -> None:
     assert Config.of({"url": URL, "max_connections": 50}).pool_size == 20
 
 
-@pytest.mark.parametrize("setting", ["require_database", "pgbouncer"])
+@pytest.mark.parametrize("setting", ["require_database", "pgbouncer", "verify_database"])
 @pytest.mark.parametrize("value", [1, 0, "yes", None])
 def test_a_flag_that_is_no_bool_is_refused(setting: str, value: object) -> None:
     """`require_database="no"` would otherwise mean yes."""
@@ -145,6 +145,46 @@ def test_an_application_name_that_is_no_text_is_refused(value: object) -> None:
 def test_a_maintenance_database_that_cannot_be_is_refused(value: object) -> None:
     """PostgreSQL would cut a longer name to another one, which could then be dropped from itself."""
     assert "maintenance_database" in refused(maintenance_database=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ("rise", "did you mean 'raise'?"),
+        ("Warn", "did you mean 'warn'?"),
+        (True, "known: off, raise, warn"),
+        (None, "known: off, raise, warn"),
+    ],
+)
+def test_a_word_for_who_is_behind_that_is_unknown_is_refused(value: object, hint: str) -> None:
+    """With the one that was probably meant, else with all there are."""
+    assert refused(require_head=value, script_location="migrations") == f"unknown require_head {str(value)!r}; {hint}"
+
+
+@pytest.mark.parametrize("value", ["warn", "raise"])
+def test_a_head_of_nothing_is_refused(value: str) -> None:
+    """Whoever requires it says where the migrations are."""
+    assert f"require_head={value!r} needs to know where the migrations are" in refused(require_head=value)
+    assert Config.of({"url": URL, "require_head": value, "script_location": "there"}).require_head == value
+    assert Config.of({"url": URL, "require_head": "off"}).script_location is None
+
+
+@pytest.mark.parametrize("value", ["", 7, b"migrations"])
+def test_a_script_location_that_is_no_text_is_refused(value: object) -> None:
+    """It is a folder's path, or a package's."""
+    assert "script_location must be a non-empty string" in refused(script_location=value)
+
+
+@pytest.mark.parametrize("value", ["", None, 7, ".", "a.", ".a", "a.b.c", "a\0b", "x" * 64, "a." + "x" * 64])
+def test_a_version_table_that_cannot_be_is_refused(value: object) -> None:
+    """It is a table's name, or a schema's and a table's."""
+    assert "version_table" in refused(version_table=value)
+
+
+@pytest.mark.parametrize("value", ["alembic_version", "audit.versions", 'Any "name" %s', "x" * 63])
+def test_a_version_table_may_have_any_name(value: str) -> None:
+    """Whatever PostgreSQL can call a table."""
+    assert Config.of({"url": URL, "version_table": value}).version_table == value
 
 
 @pytest.mark.parametrize("setting", ["connect_args", "engine_options"])
