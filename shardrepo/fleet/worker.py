@@ -253,7 +253,7 @@ class Run:
             raise ConfigError("there is nothing to compare with: give env.run() the metadata of the models")
         operations = produce_migrations(context, metadata).upgrade_ops
         if operations is not None and operations.ops:
-            code = render_python_code(operations, migration_context=context)
+            code = render_python_code(operations)
             self._drift = tuple(line.strip() for line in code.splitlines() if line.strip().startswith("op."))
         return ()
 

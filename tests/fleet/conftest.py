@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from shardrepo.testing.servers import Server, Servers
 from ..conftest import run_sql
 
 MODULE = '''
+import json
+from pathlib import Path
+
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from shardrepo import Repo
@@ -41,7 +45,10 @@ class User(Base):
 
 SERVERS = {servers!r}
 
-CONFIG = {{"url": {url!r}, "directory": Servers(SERVERS, like={like!r}), "application_name": {name!r}, **{config!r}}}
+WRITTEN = Path(__file__).with_name("directory.json")
+DIRECTORY = json.loads(WRITTEN.read_text()) if WRITTEN.exists() else Servers(SERVERS, like={like!r})
+
+CONFIG = {{"url": {url!r}, "directory": DIRECTORY, "application_name": {name!r}, **{config!r}}}
 
 
 class MyRepo(Repo, config=CONFIG):
@@ -86,7 +93,6 @@ class Project:
     Attributes:
         root: Its folder, which modules can be imported from.
         module: The module with ``Base``, ``User`` and ``MyRepo``.
-        repo: ``MyRepo``.
         names: The databases that it was made with.
         where: On which server each of them is.
     """
@@ -95,9 +101,22 @@ class Project:
     module: str
     prefix: str
     servers: Sequence[Server]
-    repo: type[Repo] = field(init=False)
     names: list[str] = field(default_factory=list)
     where: dict[str, Server] = field(default_factory=dict)
+
+    @cached_property
+    def repo(self) -> type[Repo]:
+        """``MyRepo``, imported when it is first asked for."""
+        repo: type[Repo] = importlib.import_module(self.module).MyRepo
+        return repo
+
+    def write_directory(self, **facts: dict[str, Any]) -> None:
+        """Have the directory written down, in place of asking the servers; *facts* are of databases, by name."""
+        places = {
+            name: {"host": server.host, "port": server.port, **facts.get(name, {})}
+            for name, server in self.where.items()
+        }
+        (self.root / "directory.json").write_text(json.dumps(places))
 
     @property
     def source(self) -> Source:
@@ -116,7 +135,8 @@ class Project:
         for number, name in enumerate(names):
             self.where[name] = on or self.servers[number % len(self.servers)]
         for server in self.servers:
-            server.create_databases([name for name in names if self.where[name] is server])
+            if mine := [name for name in names if self.where[name] is server]:
+                server.create_databases(mine)
         self.names += names
         return names
 
@@ -212,14 +232,14 @@ def make_project(
         project = Project(root, module, prefix, used)
         project.write_env(ENV.format(module=module))
         monkeypatch.syspath_prepend(str(root))
-        project.repo = importlib.import_module(module).MyRepo
         project.add(count)
         made.append(project)
         return project
 
     yield make
     for project in made:
-        project.repo.dispose()
+        if "repo" in vars(project):
+            project.repo.dispose()
         for server in project.servers:
             for name in server.databases() if server.running else ():
                 if name.startswith(project.prefix):
