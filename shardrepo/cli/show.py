@@ -126,8 +126,9 @@ def interrupts(control: Control) -> Iterator[None]:
     said = ("finishing what is under way; once more to stop it between two statements", "stopping between statements")
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # a handler's
-        print(f"shardrepo: {said[control.is_draining]}", file=sys.stderr, flush=True)
+        told = said[control.is_draining]
         control.interrupt()
+        print(f"shardrepo: {told}", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

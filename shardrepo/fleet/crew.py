@@ -108,7 +108,7 @@ class Guests:
         self._running.discard(future)
 
     def stop(self) -> None:
-        for future in self._running:
+        for future in list(self._running):
             future.cancel()
 
     def close(self) -> None:

@@ -32,22 +32,25 @@ class Control:
     def __init__(self) -> None:
         self._drains = threading.Event()
         self._aborts = threading.Event()
+        self._abort: Callable[[], object] = lambda: None
 
     def interrupt(self) -> None:
         """Begin nothing more; said twice: have what runs end between two statements too."""
         if self._drains.is_set():
             self._aborts.set()
+            self._abort()
         self._drains.set()
+
+    def on_abort(self, abort: Callable[[], object]) -> None:
+        """Call *abort* as soon as what runs is to end."""
+        self._abort = abort
+        if self._aborts.is_set():
+            abort()
 
     @property
     def is_draining(self) -> bool:
         """Whether nothing more is to be begun."""
         return self._drains.is_set()
-
-    @property
-    def is_aborting(self) -> bool:
-        """Whether what runs is to end as soon as it can."""
-        return self._aborts.is_set()
 
     def pause(self, seconds: float) -> None:
         """Wait, unless it is told to end meanwhile."""
@@ -117,6 +120,7 @@ class Runner:
         self._journal = journal
         self._observe = observe
         self._settled = settled
+        control.on_abort(crew.stop)
         self._begun = monotonic()
         self._running: dict[Future[Outcome[Migration]], tuple[Task, int]] = {}
         self._busy: Counter[str] = Counter()
@@ -157,8 +161,6 @@ class Runner:
     def _look_at_control(self) -> None:
         if self._control.is_draining and self.ending == "complete":
             self.ending = "interrupted"
-        if self._control.is_aborting:
-            self._crew.stop()
 
     def _begin_what_can_be(self, waiting: deque[Task]) -> None:
         """Begin tasks, in their order but for those whose server has no place, until nobody is free."""
