@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from time import perf_counter
 from types import TracebackType
-from typing import Final, Generic, Self, TypeAlias, TypeVar, cast
+from typing import Final, Generic, Self, TypeVar, cast
 
 from .config import checked_count
 from .database import Database
@@ -133,82 +133,64 @@ def fan_out(targets: Sequence[Target | Outcome[T]], work: Callable[[Target], T],
         ConfigError: *per_server* is no number, or below 1.
     """
     checked_per_server(per_server)
-    threads = ThreadPoolExecutor(MAX_THREADS, "shardrepo-across")
+    left = _Work([target for target in targets if isinstance(target, Target)], work, per_server)
     settled = [target for target in targets if isinstance(target, Outcome)]
-    schedule = _Schedule([target for target in targets if isinstance(target, Target)], per_server)
-    steps = _steps(settled, schedule, partial(_visit, work), threads, copy_context())
-    return Outcomes([target.name for target in targets], steps, threads)
+    return Outcomes([target.name for target in targets], left.outcomes(settled), left.threads)
 
 
-class _Schedule:
-    """Which database is next.
+class _Work(Generic[T]):
+    """What is still to be done, and the threads that do it. Nothing starts unless an outcome is asked for.
 
     A database keeps its place until its outcome is taken, so that no more outcomes wait than there are places.
     """
 
-    def __init__(self, targets: Sequence[Target], per_server: int) -> None:
+    def __init__(self, targets: Sequence[Target], work: Callable[[Target], T], per_server: int) -> None:
+        self.threads = ThreadPoolExecutor(MAX_THREADS, "shardrepo-across")
+        self._work = work
         self._per_server = per_server
+        self._context = copy_context()
         # By server; the one that had its turn longest ago is first.
         self._waiting: dict[str, deque[Target]] = {}
-        self.busy: Counter[str] = Counter()
+        self._busy: Counter[str] = Counter()
+        self._done: SimpleQueue[tuple[Target, Future[Outcome[T]]]] = SimpleQueue()
         for target in targets:
             self._waiting.setdefault(target.database.server, deque()).append(target)
 
-    def begin(self) -> Target | None:
-        """The next database, of the server where the fewest are busy; None while there is no place."""
-        free = [server for server in self._waiting if self.busy[server] < self._per_server]
-        if not free or self.busy.total() >= MAX_THREADS:
+    def outcomes(self, settled: Sequence[Outcome[T]]) -> Generator[Outcome[T]]:
+        """Those that are *settled*, then the others as they come."""
+        # No `finally`: the collector may close this in any thread, which must not wait for others. The threads end with
+        # the last reference to their executor.
+        yield from settled
+        self._start()
+        while self._busy.total():
+            target, future = self._done.get()
+            self._busy[target.database.server] -= 1
+            # Before the consumer has it, who may take his time.
+            self._start()
+            yield future.result()
+        self.threads.shutdown()
+
+    def _start(self) -> None:
+        while (target := self._next()) is not None:
+            self._busy[target.database.server] += 1
+            future = self.threads.submit(self._context.copy().run, _visit, self._work, target)
+            # Knows the queue alone: what nobody takes out of it must not keep the threads alive.
+            future.add_done_callback(partial(_hand_in, self._done, target))
+
+    def _next(self) -> Target | None:
+        """A database of the server where the fewest are busy; None while there is no place."""
+        free = [server for server in self._waiting if self._busy[server] < self._per_server]
+        if not free or self._busy.total() >= MAX_THREADS:
             return None
-        server = min(free, key=self.busy.__getitem__)
+        server = min(free, key=self._busy.__getitem__)
         targets = self._waiting.pop(server)
         target = targets.popleft()
         if targets:
             self._waiting[server] = targets
-        self.busy[server] += 1
         return target
 
-    def end(self, target: Target) -> None:
-        """Its outcome was taken."""
-        self.busy[target.database.server] -= 1
 
-
-_Done: TypeAlias = "SimpleQueue[tuple[Target, Future[Outcome[T]]]]"
-
-
-def _steps(
-    settled: Sequence[Outcome[T]],
-    schedule: _Schedule,
-    visit: Callable[[Target], Outcome[T]],
-    threads: ThreadPoolExecutor,
-    context: Context,
-) -> Generator[Outcome[T]]:
-    # No `finally`: the collector may close this in any thread, which must not wait for others. Nothing starts unless
-    # somebody asks for more, and the threads end with the last reference to their executor.
-    yield from settled
-    done: _Done[T] = SimpleQueue()
-    _start(schedule, visit, threads, context, done)
-    while schedule.busy.total():
-        target, future = done.get()
-        schedule.end(target)
-        # Before the consumer has it, who may take his time.
-        _start(schedule, visit, threads, context, done)
-        yield future.result()
-    threads.shutdown()
-
-
-def _start(
-    schedule: _Schedule,
-    visit: Callable[[Target], Outcome[T]],
-    threads: ThreadPoolExecutor,
-    context: Context,
-    done: _Done[T],
-) -> None:
-    while (target := schedule.begin()) is not None:
-        future = threads.submit(context.copy().run, visit, target)
-        future.add_done_callback(partial(_put, done, target))
-
-
-def _put(done: _Done[T], target: Target, future: Future[Outcome[T]]) -> None:
+def _hand_in(done: SimpleQueue[tuple[Target, Future[Outcome[T]]]], target: Target, future: Future[Outcome[T]]) -> None:
     done.put((target, future))
 
 

@@ -148,8 +148,9 @@ class Databases:
             self._found.clear()
             self._met.clear()
         met = self._met.setdefault(database.home, {})
-        if choice is None or choice.database is None or all(known != database for _, known in met.values()):
-            # A password that has changed is the same user's; an address that a name has led to, the name's.
+        complete = choice is not None and choice.database is not None
+        if not complete or all(known.key != database.key for _, known in met.values()):
+            # A password that has changed is the same user's. An address that a name has led to is met by its name.
             met[database.username, query] = choice, database
 
     def locate(self, given: Choice | Location | None) -> Database:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar, cast, overload
+from typing import Any, Final, TypeAlias, TypeVar, cast, overload
 
 from sqlalchemy import Executable, Select
 from sqlalchemy.engine import URL, Result
@@ -22,7 +22,7 @@ T = TypeVar("T")
 Visited: TypeAlias = "Chosen | Location"
 
 # What could be iterated over, or is one of those that should be.
-_SINGLE = (str, Mapping, URL, Database, Choice, Location)
+_SINGLE: Final = (str, Mapping, URL, Database, Choice, Location)
 
 
 class Across:
@@ -31,9 +31,8 @@ class Across:
     A verb asks the directory where the databases are, and does nothing else until its outcomes are iterated over or
     collected. They come in the order in which the databases are ready; those that cannot be located come first. Each
     is visited in a thread, on a connection that is opened for it and closed afterwards: cached connections are
-    neither used nor closed for it, unless a hard bound leaves no room. What is chosen there, what is tagged and timed
-    by `call_options`, and every other context variable is as it was where the verb was called, but no transaction is
-    open.
+    neither used nor closed for it, unless a hard bound leaves no room. `call_options` and context variables are those
+    of where the verb was called, but no transaction is open.
     """
 
     def __init__(

@@ -6,9 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import psutil  # type: ignore[import-untyped]  # has no stubs of its own
 import pytest
 from sqlalchemy.engine import URL
 
+from shardrepo import event
 from shardrepo.demo.drivers import RepoDriver
 from shardrepo.demo.fleet import audit
 from shardrepo.demo.load import Load, Plan, trace
+from shardrepo.demo.models import Customer
 from shardrepo.demo.record import Record, Recorder, samples_over
 from shardrepo.demo.sampler import INTERVAL, Interval, Sample, Sampler
 from shardrepo.entries import Entry, Kind, Wait
@@ -189,6 +192,72 @@ def test_the_same_seed_is_the_same_load(run: Run, urls: list[URL]) -> None:
     steps = [next(first) for _ in range(100)]
     assert steps == [next(again) for _ in range(100)]
     assert steps != [next(other) for _ in range(100)]
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The load while all databases are swept over, again and again.
+
+    Attributes:
+        checkouts: The load's own.
+        counted: How often each database was counted, by name.
+        evictors: How many evictions each thread has caused, by its name.
+    """
+
+    load: Load
+    stats: Stats
+    checkouts: Sequence[Checkout]
+    counted: Counter[str]
+    evictors: Counter[str]
+    audit: Sequence[tuple[str, int, int]]
+
+
+@pytest.fixture(scope="module")
+def swept(run: Run, urls: list[URL]) -> Swept:
+    """The first half of the same load again, while the main thread does nothing but sweep."""
+    driver = RepoDriver("swept", POOL_SIZE)
+    load = Load(driver, urls, replace(PLAN, operations=OPERATIONS // 2))
+    counted, evictors = Counter[str](), Counter[str]()
+
+    @event.listens_for(driver.repo, "evict")
+    def note(_: event.Event) -> None:
+        evictors[threading.current_thread().name] += 1
+
+    checkouts = listen(driver.ledger)
+    load.start()
+    while not load.wait(0):
+        counted.update(driver.repo.across(urls).count(Customer).collect().keys())
+    kept = [checkout for checkout in checkouts if checkout[1].kind is not Kind.TRANSIENT]
+    swept = Swept(load, driver.stats(), kept, counted, evictors, list(audit(urls)))
+    driver.dispose()
+    print(
+        f"hit rate {swept.stats.hit_rate:.4f} while {counted.total() / (load.ended - load.started):.0f} databases per "
+        f"second are swept over, {run.stats.hit_rate:.4f} without"
+    )
+    return swept
+
+
+def test_a_sweep_costs_few_hits(run: Run, swept: Swept) -> None:
+    """Less than five points, though every database is connected to all the time; the cache is the LRU that it was."""
+    assert len(swept.counted) == len(swept.audit)
+    assert min(swept.counted.values()) >= 2
+    assert swept.stats.hit_rate > run.stats.hit_rate - 0.05
+    assert abs(swept.stats.hit_rate - offline_hit_rate(swept.checkouts, POOL_SIZE)) <= 0.02
+
+
+def test_a_sweep_evicts_nothing(swept: Swept) -> None:
+    """What was evicted the load itself has evicted; at rest the cache is as full as without."""
+    assert swept.evictors.total() == swept.stats.evictions > 0
+    assert [name for name in swept.evictors if "across" in name] == []
+    assert (swept.stats.idle, swept.stats.in_use, swept.stats.transient) == (POOL_SIZE, 0, 0)
+
+
+def test_a_sweep_leads_nothing_astray(swept: Swept) -> None:
+    """No operation fails beside it, no row is wrong, none is lost."""
+    assert (swept.load.errors(), swept.load.operations) == (Counter(), OPERATIONS // 2)
+    assert sum(tally.wrong for tally in swept.load.tallies) == 0
+    assert {name: strays for name, strays, _ in swept.audit if strays} == {}
+    assert {name: added for name, _, added in swept.audit if added} == dict(swept.load.inserted())
 
 
 DEMO = ("--servers", "2", "--databases", "6", "--threads", "4", "--seconds", "2", "--json")

@@ -66,6 +66,13 @@ def waiting_for_locks(server: Server, name: str) -> int:
     return int(run_sql(server, "postgres", asked, (name,))[0][0])
 
 
+@pytest.fixture(autouse=True)
+def _nothing_runs() -> Iterator[None]:
+    """The threads of iterators that a test has dropped end by themselves, before another test counts its own."""
+    yield
+    await_(lambda: running() == [])
+
+
 @pytest.fixture
 def names(make_databases: Callable[..., list[str]], server: Server) -> list[str]:
     """Four databases on one server, each with one tag that says which it is."""
