@@ -102,9 +102,12 @@ class Command:
         assert line.startswith("shardrepo: "), line
 
     def kill(self) -> None:
-        """Kill it, and it alone."""
+        """Kill it, and it alone: its workers have its output open until they end."""
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        for stream in (self._process.stdout, self._process.stderr):
+            assert stream is not None
+            stream.close()
 
     def wait(self) -> tuple[int, str]:
         """Its exit code and its standard output."""
