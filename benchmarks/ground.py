@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,20 @@ class Ground:
 
     def url(self, database: str) -> URL:
         return self.server.url(database)
+
+
+def roomy_memory(databases: int) -> Path | None:
+    """Where many databases are made fastest: the file system in memory, if it has room for them; None for a disk.
+
+    Raises:
+        MissingError: Neither has.
+    """
+    needed, memory = databases * _DATABASE_BYTES, Path("/dev/shm")
+    if memory.is_dir() and shutil.disk_usage(memory).free > needed:
+        return memory
+    if (free := shutil.disk_usage(tempfile.gettempdir()).free) < needed:
+        raise MissingError(f"disk: {databases} databases may take {needed >> 20} MB, {free >> 20} MB are free")
+    return None
 
 
 @contextmanager

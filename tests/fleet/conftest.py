@@ -22,7 +22,7 @@ from shardrepo.testing.servers import Server, Servers
 
 from ..conftest import run_sql
 
-MODULE = '''
+MODULE = """
 import json
 from pathlib import Path
 
@@ -53,14 +53,14 @@ CONFIG = {{"url": {url!r}, "directory": DIRECTORY, "application_name": {name!r},
 
 class MyRepo(Repo, config=CONFIG):
     pass
-'''
+"""
 
-ENV = '''
+ENV = """
 from {module} import Base, MyRepo
 from shardrepo.fleet import env
 
 env.run(MyRepo, Base.metadata)
-'''
+"""
 
 SCRIPT = '''
 """{message}"""
@@ -81,7 +81,11 @@ def downgrade():
     {downgrade}
 '''
 
-USERS = 'op.create_table("users", sa.Column("id", sa.Integer(), primary_key=True), sa.Column("name", sa.String(), nullable=False))'
+USERS = """op.create_table(
+    "users",
+    sa.Column("id", sa.Integer(), primary_key=True),
+    sa.Column("name", sa.String(), nullable=False),
+)"""
 
 _numbers = itertools.count(1)
 
@@ -177,6 +181,10 @@ class Project:
     def revisions(self) -> dict[str, list[str]]:
         """Where all of them are."""
         return {name: self.revision(name) for name in self.names}
+
+    def all_at(self, *revisions: str) -> dict[str, list[str]]:
+        """What `revisions` gives when all of them are at *revisions*."""
+        return {name: list(revisions) for name in self.names}
 
     def run(self, *arguments: str, stdin: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
         """Run the command in its folder."""

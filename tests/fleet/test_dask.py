@@ -54,7 +54,7 @@ def test_a_cluster_migrates_a_fleet(project: Project, cluster: LocalCluster) -> 
     with executor_of(address_of(cluster)) as executor:
         how = Rollout(jobs=4, per_server=4, executor=executor)
         assert fleet.upgrade(project.repo, how=how, source=project.source).changed == 24
-    assert project.revisions() == dict.fromkeys(project.names, ["0001"])
+    assert project.revisions() == project.all_at("0001")
     assert {tuple(project.sql(name, "SELECT * FROM noted")) for name in project.names} == {
         (("0001", name),) for name in project.names
     }
@@ -85,4 +85,4 @@ def test_no_cluster_is_there(project: Project) -> None:
     for address, said in (("ray://x", "'ray://x'"), ("dask://127.0.0.1:1", "no Dask scheduler answers at 127.0.0.1:1")):
         done = project.run("upgrade", "--executor", address)
         assert (done.returncode, said in done.stderr) == (2, True), done.stderr
-    assert project.revisions() == dict.fromkeys(project.names, [])
+    assert project.revisions() == project.all_at()

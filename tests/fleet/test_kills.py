@@ -74,7 +74,7 @@ def sessions(project: Project, name: str) -> int:
 
 def check_done(project: Project) -> None:
     """Every database is at 0002, which was run once in each, whole."""
-    assert project.revisions() == dict.fromkeys(project.names, ["0002"])
+    assert project.revisions() == project.all_at("0002")
     for name in project.names:
         assert project.sql(name, "SELECT * FROM noted") == [("0002", name)]
         assert project.sql(name, "SELECT count(age) FROM users") == [(0,)]
@@ -204,7 +204,7 @@ def test_two_runners_at_once(gated: Project) -> None:
 def test_ctrl_c_once(gated: Project) -> None:
     """What is under way is finished, nothing more is begun, and `--resume` goes on where it was."""
     gated.configure(jobs=1, lock_timeout=30)
-    first = sorted(gated.names)[0]
+    first = min(gated.names)
     with closed(gated, first) as waits:
         command = Command(gated)
         await_(waits)
@@ -212,7 +212,7 @@ def test_ctrl_c_once(gated: Project) -> None:
     code, out = command.wait()
     assert code == 130
     assert "interrupted" in out
-    assert gated.revisions() == {**dict.fromkeys(gated.names, ["0001"]), first: ["0002"]}
+    assert gated.revisions() == {**gated.all_at("0001"), first: ["0002"]}
     (run,) = fleet.runs(gated.root / ".shardrepo")
     assert f"go on:  shardrepo upgrade --resume {run}" in out
     assert gated.run("upgrade", "--resume", run).returncode == 0
@@ -222,7 +222,7 @@ def test_ctrl_c_once(gated: Project) -> None:
 def test_ctrl_c_twice(gated: Project) -> None:
     """What is under way ends before its next statement and is rolled back."""
     gated.configure(jobs=1, lock_timeout=30)
-    first = sorted(gated.names)[0]
+    first = min(gated.names)
     with closed(gated, first) as waits:
         command = Command(gated)
         await_(waits)
@@ -230,7 +230,7 @@ def test_ctrl_c_twice(gated: Project) -> None:
         command.interrupt()
     code, _ = command.wait()
     assert code == 130
-    assert gated.revisions() == dict.fromkeys(gated.names, ["0001"])
+    assert gated.revisions() == gated.all_at("0001")
     assert gated.sql(first, "SELECT * FROM noted") == []
     assert gated.run("upgrade", "--resume", "last").returncode == 0
     check_done(gated)
@@ -239,7 +239,7 @@ def test_ctrl_c_twice(gated: Project) -> None:
 def test_a_run_is_not_taken_up_while_it_goes_on(gated: Project) -> None:
     """Its journal is its own until it ends."""
     gated.configure(jobs=1, lock_timeout=30)
-    with closed(gated, sorted(gated.names)[0]) as waits:
+    with closed(gated, min(gated.names)) as waits:
         command = Command(gated)
         await_(waits)
         refused = gated.run("upgrade", "--resume", "last")
@@ -253,7 +253,7 @@ def test_a_relative_run_is_not_reckoned_again(gated: Project) -> None:
     """What `+1` meant at first is what it means when the run is taken up, in what was done and in what was not."""
     gated.configure(jobs=1, lock_timeout=30)
     gated.revise("0003", "0002", "pass")
-    first = sorted(gated.names)[0]
+    first = min(gated.names)
     with closed(gated, first) as waits:
         command = Command(gated, "+1")
         await_(waits)

@@ -25,7 +25,7 @@ from .conftest import USERS, Project
 AGE = 'op.add_column("users", sa.Column("age", sa.Integer()))'
 
 # What a script does that notes where and when it ran.
-NOTED = 'op.execute("INSERT INTO noted (revision, database) VALUES (\'{0}\', current_database())")'
+NOTED = "op.execute(\"INSERT INTO noted (revision, database) VALUES ('{0}', current_database())\")"
 NOTES = 'op.create_table("noted", sa.Column("revision", sa.Text()), sa.Column("database", sa.Text()))'
 
 
@@ -41,7 +41,7 @@ def test_all_databases_come_to_head(project: Project) -> None:
     """Those of every server, from nothing; and what is there already is left alone the second time."""
     report = fleet.upgrade(project.repo, source=project.source)
     assert (report.changed, report.unchanged, report.exit_code) == (6, 0, 0)
-    assert project.revisions() == dict.fromkeys(project.names, ["0001"])
+    assert project.revisions() == project.all_at("0001")
     again = fleet.upgrade(project.repo, source=project.source)
     assert (again.changed, again.unchanged, again.exit_code) == (0, 6, 0)
 
@@ -57,9 +57,9 @@ def test_many_workers_migrate_many_databases_exactly(make_project: Callable[...,
         executor = None if LONG else stack.enter_context(ProcessPoolExecutor(8, multiprocessing.get_context("spawn")))
         how = Rollout(jobs=8, per_server=8, executor=executor)
         fleet.upgrade(project.repo, "r00", how=how, source=project.source)
-        for number in range(1, runs + 1):
+        for _ in range(runs):
             assert fleet.upgrade(project.repo, "+1", how=how, source=project.source).changed == 64
-    assert project.revisions() == dict.fromkeys(project.names, [f"r{runs:02}"])
+    assert project.revisions() == project.all_at(f"r{runs:02}")
     expected = [(f"r{number:02}",) for number in range(1, runs + 1)]
     for name in project.names:
         assert project.sql(name, f"SELECT revision FROM noted WHERE database = '{name}' ORDER BY 1") == expected
@@ -111,7 +111,7 @@ def test_one_of_fifty_fails(
     assert (report.changed, report.causes.count, report.left, report.exit_code) == (49, 1, 0, 1)
     (cause,) = report.causes
     assert (cause.names, cause.failure.sqlstate, cause.failure.revision) == ([bad], sqlstate, "0002")
-    assert project.revisions() == {**dict.fromkeys(project.names, ["0002"]), bad: ["0001"]}
+    assert project.revisions() == {**project.all_at("0002"), bad: ["0001"]}
     assert any("the report" in blocker for blocker in cause.failure.blockers) is (sqlstate == "55P03")
     assert report.run is not None
     assert f"retry:  shardrepo upgrade head --failed {report.run}" in list(report.lines())
@@ -170,7 +170,7 @@ def test_states_keep_no_migration_out(make_project: Callable[..., Project]) -> N
     project.write_directory(**{name: {"state": state} for name, state in zip(project.names, states, strict=True)})
     project.revise("0001", None, USERS)
     assert fleet.upgrade(project.repo, source=project.source).changed == 4
-    assert project.revisions() == dict.fromkeys(project.names, ["0001"])
+    assert project.revisions() == project.all_at("0001")
 
 
 def test_the_template_comes_first(make_project: Callable[..., Project], servers: Servers) -> None:
@@ -182,7 +182,7 @@ def test_the_template_comes_first(make_project: Callable[..., Project], servers:
     project.revise("0001", None, f'op.execute("SELECT 1 / 0")\n{USERS}')
     report = failed(lambda: fleet.upgrade(project.repo, source=project.source))
     assert (report.causes.count, report.left, report.ending, report.exit_code) == (3, 3, "budget", 3)
-    assert project.revisions() == dict.fromkeys(project.names, [])
+    assert project.revisions() == project.all_at()
 
     project.revise("0001", None, USERS)
     assert fleet.upgrade(project.repo, source=project.source).changed == 6
@@ -228,7 +228,7 @@ def test_the_rest_is_left_alone_when_a_canary_fails(project: Project) -> None:
     how = Rollout(stages=stages, max_failures=Share.of("", 100))
     report = failed(lambda: fleet.upgrade(project.repo, how=how, source=project.source))
     assert (report.causes.count, report.left, report.ending, report.exit_code) == (1, 5, "budget", 3)
-    assert project.revisions() == dict.fromkeys(project.names, [])
+    assert project.revisions() == project.all_at()
 
 
 def test_a_budget_of_failures(project: Project) -> None:
@@ -292,7 +292,7 @@ with op.get_context().autocommit_block():
 def test_an_env_that_connects_by_itself_is_refused(project: Project, servers: Servers) -> None:
     """Nothing is run by an env.py that would migrate a database of its own choosing, in that one or another."""
     url = servers[0].url("postgres").render_as_string(hide_password=False)
-    project.write_env(f'''
+    project.write_env(f"""
 from alembic import context
 from sqlalchemy import create_engine
 
@@ -300,12 +300,12 @@ with create_engine({url!r}).connect() as connection:
     context.configure(connection=connection)
     with context.begin_transaction():
         context.run_migrations()
-''')
+""")
     report = failed(lambda: fleet.upgrade(project.repo, source=project.source))
     (cause,) = report.causes
     assert (cause.count, cause.failure.kind) == (6, "ConfigError")
     assert "shardrepo.fleet.env.run(MyRepo, metadata)" in str(cause.failure)
-    assert project.revisions() == dict.fromkeys(project.names, [])
+    assert project.revisions() == project.all_at()
     with servers[0].connect() as connection:
         assert connection.execute("SELECT to_regclass('users')").fetchall() == [(None,)]
         connection.execute("DROP TABLE IF EXISTS alembic_version")
@@ -333,7 +333,7 @@ def test_a_wrong_env(project: Project, text: str, said: str) -> None:
     report = failed(lambda: fleet.upgrade(project.repo, source=project.source))
     (cause,) = report.causes
     assert said in str(cause.failure)
-    assert project.revisions() == dict.fromkeys(project.names, [])
+    assert project.revisions() == project.all_at()
 
 
 def test_a_worker_that_finds_a_database_elsewhere(make_project: Callable[..., Project], servers: Servers) -> None:
@@ -346,8 +346,8 @@ def test_a_worker_that_finds_a_database_elsewhere(make_project: Callable[..., Pr
     file.write_text(
         file.read_text().replace(
             "class MyRepo(",
-            "import multiprocessing\n\nif multiprocessing.parent_process() is not None:\n"
-            f'    CONFIG["directory"] = Servers([{{"host": "127.0.0.1", "port": {servers[1].port}}}])\n\n\nclass MyRepo(',
+            "import multiprocessing\n\nif multiprocessing.parent_process() is not None:\n    "
+            f'CONFIG["directory"] = Servers([{{"host": "127.0.0.1", "port": {servers[1].port}}}])\n\n\nclass MyRepo(',
         )
     )
     report = failed(lambda: fleet.upgrade(project.repo, source=project.source))
@@ -357,7 +357,7 @@ def test_a_worker_that_finds_a_database_elsewhere(make_project: Callable[..., Pr
         servers[1].drop_database(name)
     (cause,) = report.causes
     assert (cause.count, cause.failure.kind) == (2, "WrongDatabaseError")
-    assert project.revisions() == dict.fromkeys(project.names, [])
+    assert project.revisions() == project.all_at()
 
 
 def test_threads_of_one_process_take_turns(make_project: Callable[..., Project]) -> None:
@@ -412,9 +412,7 @@ def test_a_revision_without_a_script(project: Project) -> None:
         "at": [name for name in project.names if name != strange],
         "unknown": [strange],
     }
-    fleet.stamp(
-        project.repo, "0001", where=Selection(names=(strange,)), how=Rollout(purge=True), source=project.source
-    )
+    fleet.stamp(project.repo, "0001", where=Selection(names=(strange,)), how=Rollout(purge=True), source=project.source)
     assert fleet.upgrade(project.repo, source=project.source).changed == 1
 
 
@@ -427,7 +425,7 @@ def test_downgrading_by_one(project: Project) -> None:
     assert project.revision(one) == []
     report = failed(lambda: fleet.downgrade(project.repo, "-1", source=project.source))
     assert (report.changed, report.causes.count) == (5, 1)
-    assert project.revisions() == {**dict.fromkeys(project.names, ["0001"]), one: []}
+    assert project.revisions() == {**project.all_at("0001"), one: []}
 
 
 def test_databases_are_compared_with_the_models(project: Project) -> None:
@@ -457,7 +455,7 @@ op.execute("COMMENT ON TABLE users IS '" + context.get_x_argument(as_dictionary=
 
 
 def test_what_cannot_be_migrated_by(make_project: Callable[..., Project], make_repo: Callable[..., Any]) -> None:
-    """A repo that workers cannot import, that only reads or goes through a pooler is refused before anything is done."""
+    """A repo that workers cannot import, that only reads or goes through a pooler is refused, and nothing is done."""
     project = make_project(1)
     project.revise("0001", None, USERS)
     with pytest.raises(ConfigError, match="cannot be imported by worker processes"):
@@ -486,7 +484,7 @@ def test_several_heads(project: Project) -> None:
     with pytest.raises(ConfigError, match=r"heads: 0002, 0003.*or `heads`"):
         fleet.upgrade(project.repo, source=project.source)
     assert fleet.upgrade(project.repo, "heads", source=project.source).changed == 6
-    assert project.revisions() == dict.fromkeys(project.names, ["0002", "0003"])
+    assert project.revisions() == project.all_at("0002", "0003")
 
 
 def test_nothing_is_left_running(project: Project) -> None:
@@ -498,5 +496,5 @@ def test_nothing_is_left_running(project: Project) -> None:
     open_now = "SELECT count(*) FROM pg_stat_activity WHERE datname LIKE %s"
     for server in project.servers:
         with server.connect() as connection:
-            await_(lambda: connection.execute(open_now, (f"{project.prefix}%",)).fetchone() == (0,))  # noqa: B023
+            await_(lambda: connection.execute(open_now, (f"{project.prefix}%",)).fetchone() == (0,))
     assert threading.active_count() < 30
