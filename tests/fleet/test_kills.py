@@ -10,11 +10,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]  # has no stubs of its own
 import pytest
 
 from shardrepo import FleetError, fleet
@@ -23,6 +22,7 @@ from shardrepo.fleet.journal import read
 
 from ..conftest import await_
 from .conftest import USERS, Project
+from .workers import workers
 
 NOTES = 'op.create_table("noted", sa.Column("revision", sa.Text()), sa.Column("database", sa.Text()))'
 NOTED = """op.execute("INSERT INTO noted (revision, database) VALUES ('0002', current_database())")"""
@@ -52,15 +52,6 @@ def closed(project: Project, name: str) -> Iterator[Callable[[], bool]]:
             return seer.execute(query, (name,)).fetchone() is not None
 
         yield is_waiting
-
-
-def workers(of: int | None = None) -> list[psutil.Process]:
-    """The worker processes of a process, by default this one."""
-    found = []
-    for child in psutil.Process(of).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # as which one counts that has died and was not waited for yet
-            found += [child] if "spawn_main" in " ".join(child.cmdline()) else []
-    return found
 
 
 def sessions(project: Project, name: str) -> int:

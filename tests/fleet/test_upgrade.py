@@ -21,6 +21,7 @@ from shardrepo.testing.servers import Servers
 
 from ..conftest import LONG, await_, connections_of
 from .conftest import USERS, Project
+from .workers import workers
 
 AGE = 'op.add_column("users", sa.Column("age", sa.Integer()))'
 
@@ -489,10 +490,8 @@ def test_several_heads(project: Project) -> None:
 
 def test_nothing_is_left_running(project: Project) -> None:
     """When a run has ended, its processes and its connections are gone."""
-    import psutil
-
     fleet.upgrade(project.repo, source=project.source)
-    assert [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())] == []
+    assert workers() == []
     open_now = "SELECT count(*) FROM pg_stat_activity WHERE datname LIKE %s"
     for server in project.servers:
         with server.connect() as connection:
