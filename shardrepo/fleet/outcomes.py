@@ -48,9 +48,10 @@ class Failure(ShardRepoError):
         """
         if isinstance(error, Failure):
             return error
+        told: BaseException = error
         # A ConnectError says itself what the driver did not know.
-        wraps = isinstance(error, DBAPIError) and not isinstance(error, ConnectError)
-        told = (error.orig if wraps else None) or error
+        if isinstance(error, DBAPIError) and not isinstance(error, ConnectError):
+            told = error.orig or error
         kind = type(error if isinstance(error, ShardRepoError) else told).__name__
         return cls(
             line(told, _MAX_MESSAGE) or kind,

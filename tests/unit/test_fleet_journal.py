@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from hypothesis import given
@@ -41,6 +41,11 @@ def failed(name: str) -> Outcome[Migration]:
 
 def names(parts: Sequence[Part]) -> list[list[str]]:
     return [[each.name for each in part.tasks] for part in parts]
+
+
+def full() -> IO[str]:
+    """A file on a disk that has no room."""
+    return Path("/dev/full").open("w")
 
 
 def refused(call: Callable[[], Any]) -> str:
@@ -347,7 +352,7 @@ def test_a_folder_in_the_journal_s_place(tmp_path: Path) -> None:
 
 def test_a_full_disk_at_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is done, no file is left open, and none behind."""
-    monkeypatch.setattr(journals, "_locked", lambda path, mode: path.touch() or open("/dev/full", "w"))  # noqa: PTH123
+    monkeypatch.setattr(journals, "_locked", lambda path, mode: path.touch() or full())
     assert "No space left on device; nothing was done" in refused(lambda: Journal.begin(tmp_path, "upgrade", HEAD))
     assert runs(tmp_path) == []
 
@@ -355,15 +360,14 @@ def test_a_full_disk_at_the_beginning(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_full_disk_when_it_is_taken_up(tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run stays as it was."""
     journal.close()
-    monkeypatch.setattr(journals, "_locked", lambda path, mode: open("/dev/full", "w"))  # noqa: PTH123
+    monkeypatch.setattr(journals, "_locked", lambda path, mode: full())
     assert "cannot be written: No space left" in refused(lambda: Journal.go_on(tmp_path, journal.run))
     assert names(read(tmp_path, journal.run).left()) == [["a"], ["b", "c"]]
 
 
 def test_a_full_disk_in_between(tmp_path: Path) -> None:
     """Who notes something is told; closing the journal then does not hide what became of the run."""
-    journal = Journal(tmp_path / "x.jsonl", open("/dev/full", "w"))  # noqa: PTH123, SIM115  # closed with the journal
-    with journal, pytest.raises(OSError, match="No space left"):
+    with Journal(tmp_path / "x.jsonl", full()) as journal, pytest.raises(OSError, match="No space left"):
         journal.begun(0, task("a"))
 
 

@@ -173,8 +173,8 @@ a_stage = st.builds(
     Stage,
     size=st.none()
     | st.builds(Share, st.integers(1, 9))
-    | st.builds(Share, st.integers(0, 100), is_percent=st.just(True)),  # type: ignore[arg-type]  # ints are floats
-    max_failures=st.none() | st.builds(Share, st.integers(0, 3)),  # type: ignore[arg-type]
+    | st.builds(Share, st.integers(0, 100), is_percent=st.just(True)),
+    max_failures=st.none() | st.builds(Share, st.integers(0, 3)),
     match=st.none() | st.sampled_from(["t1*", "*5", "nothing"]),
     tag=st.none() | st.sampled_from(["eu", "us"]),
 )
