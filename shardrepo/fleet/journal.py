@@ -51,7 +51,7 @@ class Account:
         """Take note of a line, the next one.
 
         Raises:
-            KeyError, TypeError, ValueError: It is none that a journal has.
+            KeyError, IndexError, TypeError, ValueError: It is none that a journal has.
         """
         match fact:
             case {"part": Mapping() as part}:
