@@ -10,18 +10,23 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
 from ..across import Outcome
 from ..errors import ConfigError
+from .lines import line
 from .outcomes import Failure, Migration
 from .plan import Part, Task
 
 _SUFFIX: Final = ".jsonl"
+
+# In place of a part's number, of what could not be planned.
+_UNPLANNED: Final = -1
 
 
 @dataclass(slots=True)
@@ -31,24 +36,67 @@ class Account:
     Attributes:
         head: What it was asked for.
         parts: What it set out to do.
-        outcomes: The last outcome of each task, by the number of its part and its name.
+        outcomes: The last outcome of each task, by the number of its part and its name, the newest last. What could
+            not even be planned, and has not been since, has -1 for a part.
+        is_planned: Whether it came as far as to have a plan.
     """
 
     head: Mapping[str, Any]
     parts: list[Part] = field(default_factory=list)
     outcomes: dict[tuple[int, str], Outcome[Migration]] = field(default_factory=dict)
+    is_planned: bool = False
+    _drafts: list[tuple[Mapping[str, Any], list[Task]]] = field(default_factory=list)
+
+    def take(self, fact: Mapping[str, Any]) -> None:
+        """Take note of a line, the next one.
+
+        Raises:
+            KeyError, IndexError, TypeError, ValueError: It is none that a journal has.
+        """
+        match fact:
+            case {"part": Mapping() as part}:
+                self._drafts.append((part, []))
+            case {"task": task}:
+                self._drafts[-1][1].append(Task(**task))
+            case {"planned": _}:
+                self._accept_drafts()
+            case {"resumed": _}:
+                # What was being planned when the run was killed, nothing of which was begun.
+                self._drafts = []
+            case {"begun": _}:
+                pass
+            case {"ended": name, "part": number}:
+                self.outcomes.pop((number, name), None)
+                self.outcomes[number, name] = _outcome(fact)
+            case _:
+                raise KeyError(*fact)
+
+    def _accept_drafts(self) -> None:
+        self.is_planned = True
+        for facts, tasks in self._drafts:
+            self.parts.append(Part(tasks, **facts))
+            for task in tasks:
+                self.outcomes.pop((_UNPLANNED, task.name), None)
+        self._drafts = []
 
     def left(self) -> list[Part]:
-        """What is still to be done: what has failed, what was begun and never ended, and what was not begun."""
+        """What is still to be done: what has failed, what was begun and never ended, and what was not begun.
+
+        As many parts as there were, so that they keep their numbers.
+
+        Raises:
+            ConfigError: The run has no plan.
+        """
+        if not self.is_planned:
+            raise ConfigError("the run ended before it had a plan, and has done nothing: begin a new one")
         return [
-            Part(
-                [task for task in part.tasks if not ((done := self.outcomes.get((number, task.name))) and done.ok)],
-                part.max_failures,
-                part.pause,
-                part.title,
-            )
+            replace(part, tasks=[task for task in part.tasks if not self._is_done(number, task)])
             for number, part in enumerate(self.parts)
         ]
+
+    def _is_done(self, part: int, task: Task) -> bool:
+        outcome = self.outcomes.get((part, task.name))
+        return outcome is not None and outcome.ok
 
     @property
     def failed(self) -> list[str]:
@@ -65,28 +113,28 @@ class Journal:
         run: What the run is called, and its file is.
     """
 
-    def __init__(self, path: Path, file: IO[str]) -> None:
+    def __init__(self, path: Path, file: IO[str], *, is_new: bool = True) -> None:
         self.run = path.name.removesuffix(_SUFFIX)
         self._path = path
         self._file = file
-        self._is_empty = True
+        self._is_empty = is_new
 
     @classmethod
     def begin(cls, folder: Path, work: str, head: Mapping[str, Any]) -> Self:
-        """Begin a new one in *folder*, which is made.
+        """Begin a new one in *folder*, which is made. Its name begins with the time, in UTC, as `runs` sorts by it.
 
         Raises:
             ConfigError: It cannot be written there.
         """
-        run = f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{work}-{secrets.token_hex(2)}"
+        path = folder / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{work}-{secrets.token_hex(2)}{_SUFFIX}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{run}{_SUFFIX}"
-            journal = cls(path, _opened(path, "x"))
-            journal.write(head=dict(head))
+            journal = cls(path, _locked(path, "x"))
+            journal._first(head=dict(head))
         except OSError as error:
             raise ConfigError(
-                f"no journal can be written to {folder}: {error.strerror}; nothing was done. Name another folder"
+                f"no journal can be written to {folder}: {error.strerror or error}; nothing was done. Name another "
+                "folder"
             ) from error
         return journal
 
@@ -95,49 +143,69 @@ class Journal:
         """Go on with that of *run*.
 
         Raises:
-            ConfigError: There is none, or the run is still under way.
+            ConfigError: There is none, it cannot be written, or the run is still under way.
         """
         path = _path(folder, run)
         try:
-            journal = cls(path, _opened(path, "a"))
+            journal = cls(path, _locked(path, "a"), is_new=False)
+            journal._first(resumed=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
         except BlockingIOError as error:
             raise ConfigError(f"run {path.stem} is under way in another process: let it end, or stop it") from error
         except OSError as error:
-            raise ConfigError(f"the journal {path} cannot be written: {error.strerror}") from error
-        journal._is_empty = False
+            raise ConfigError(f"the journal {path} cannot be written: {error.strerror or error}") from error
         return journal
 
-    def write(self, **facts: Any) -> None:
-        """Note a fact; it is on its way to the disk when this returns."""
-        self._file.write(json.dumps(facts, separators=(",", ":")) + "\n")
+    def _first(self, **facts: Any) -> None:
+        """Note the first fact of this process; the journal is closed when that fails."""
+        try:
+            # What another process was writing when it was killed may have no end.
+            self._file.write("" if self._is_empty or _ends_with_a_line(self._path) else "\n")
+            self._write(facts)
+        except OSError:
+            self.close()
+            raise
+
+    def _write(self, *facts: Mapping[str, Any]) -> None:
+        self._file.writelines(json.dumps(fact, separators=(",", ":")) + "\n" for fact in facts)
         self._file.flush()
-        self._is_empty = self._is_empty and "head" in facts
+
+    def _note(self, **facts: Any) -> None:
+        self._is_empty = False
+        self._write(facts)
 
     def plan(self, parts: Sequence[Part]) -> None:
-        """Note what is to be done."""
+        """Note what is to be done, beside what is noted already. It counts when this returns, and not in part.
+
+        Raises:
+            OSError, ValueError: It cannot be written, or the journal is closed; so with everything that is noted.
+        """
+        self._is_empty = self._is_empty and not parts
         for part in parts:
-            self.write(part={"max_failures": part.max_failures, "pause": part.pause, "title": part.title})
-            self._file.writelines(json.dumps({"task": task.as_dict()}) + "\n" for task in part.tasks)
-        self._file.flush()
+            facts = {"max_failures": part.max_failures, "pause": part.pause, "title": part.title}
+            self._write({"part": facts}, *({"task": task.as_dict()} for task in part.tasks))
+        self._write({"planned": len(parts)})
 
     def begun(self, part: int, task: Task) -> None:
-        """Note that a task is begun."""
-        self.write(begun=task.name, part=part)
+        """Note that a task is begun; it is out of this process when this returns, whatever becomes of that."""
+        self._note(begun=task.name, part=part)
 
     def ended(self, part: int, outcome: Outcome[Migration]) -> None:
         """Note what has become of one."""
         facts: dict[str, Any] = {"home": outcome.home, "seconds": round(outcome.seconds, 4)}
-        if outcome.value is not None:
-            facts |= {"before": outcome.value.before, "after": outcome.value.after, "attempts": outcome.value.attempts}
-        if isinstance(outcome.error, Failure):
-            facts |= {"error": outcome.error.as_dict()}
-        self.write(ended=outcome.name, part=part, **facts)
+        if outcome.error is not None:
+            facts["error"] = Failure.of(outcome.error).as_dict()
+        else:
+            facts |= asdict(outcome.result())
+        self._note(ended=outcome.name, part=part, **facts)
 
     def close(self) -> None:
         """Let others have it; one that tells of nothing is removed."""
+        # What could not be written was told when it was noted.
+        with suppress(OSError):
+            self._file.close()
         if self._is_empty:
-            self._path.unlink(missing_ok=True)
-        self._file.close()
+            with suppress(OSError):
+                self._path.unlink()
 
     def __enter__(self) -> Self:
         return self
@@ -155,27 +223,22 @@ def read(folder: Path, run: str) -> Account:
         ConfigError: There is none, or it is none.
     """
     path = _path(folder, run)
-    account: Account | None = None
-    for line in _lines(path):
-        if "head" in line:
-            account = Account(line["head"])
-        elif account is None:
-            break
-        elif "task" in line:
-            tasks: Any = account.parts[-1].tasks
-            tasks.append(Task(**line["task"]))
-        elif "ended" in line:
-            account.outcomes[line["part"], line["ended"]] = _outcome(line)
-        elif "begun" not in line:
-            account.parts.append(Part([], **line["part"]))
-    if account is None:
-        raise ConfigError(f"{path} is no journal of a run: name one of {folder}")
+    facts = _facts(path)
+    try:
+        account = Account(next(facts)["head"])
+    except (StopIteration, KeyError):
+        raise ConfigError(f"{path} is no journal of a run: name one of {folder}") from None
+    for fact in facts:
+        try:
+            account.take(fact)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path} has a line that is not understood, {line(fact, 80)}: {error!r}") from error
     return account
 
 
 def runs(folder: Path) -> list[str]:
-    """The names of all runs, the newest last."""
-    return sorted(path.name.removesuffix(_SUFFIX) for path in folder.glob(f"*{_SUFFIX}"))
+    """The names of all runs, the newest last; none where there is no such folder."""
+    return sorted(path.name.removesuffix(_SUFFIX) for path in folder.glob(f"*{_SUFFIX}")) if folder.is_dir() else []
 
 
 def _path(folder: Path, run: str) -> Path:
@@ -187,30 +250,48 @@ def _path(folder: Path, run: str) -> Path:
     return folder / f"{found}{_SUFFIX}"
 
 
-def _opened(path: Path, mode: str) -> IO[str]:
+def _locked(path: Path, mode: str) -> IO[str]:
     file: IO[str] = path.open(mode, encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
         raise
-    os.set_inheritable(file.fileno(), False)
     return file
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                # The end of a line that was being written when its process was killed.
-                continue
+def _ends_with_a_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
-def _outcome(line: Mapping[str, Any]) -> Outcome[Migration]:
-    error = Failure.from_dict(line["error"]) if "error" in line else None
-    value = None
-    if error is None:
-        value = Migration(tuple(line["before"]), tuple(line["after"]), line["attempts"])
-    return Outcome(line["ended"], line["home"], line["seconds"], value, error)
+def _facts(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for text in file:
+                fact = _fact(text)
+                if fact is not None:
+                    yield fact
+    except OSError as error:
+        raise ConfigError(f"the journal {path} cannot be read: {error.strerror or error}") from error
+
+
+def _fact(text: str) -> dict[str, Any] | None:
+    """What a line says; None for the beginning of one that was being written when its process was killed."""
+    try:
+        fact = json.loads(text)
+    except ValueError:
+        return None
+    return fact if isinstance(fact, dict) else None
+
+
+def _outcome(fact: Mapping[str, Any]) -> Outcome[Migration]:
+    error = value = None
+    if "error" in fact:
+        error = Failure.from_dict(fact["error"])
+    else:
+        value = Migration(tuple(fact["before"]), tuple(fact["after"]), fact["attempts"], tuple(fact["drift"]))
+    return Outcome(fact["ended"], fact["home"], fact["seconds"], value, error)

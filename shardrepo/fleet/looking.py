@@ -13,16 +13,16 @@ from sqlalchemy import text
 
 from ..across import Outcomes, Target, fan_out
 from ..scripts import Revisions, Scripts, Source, Standing
+from .lines import line, some, unlisted
 from .members import ALL, Members, Selection, members, targets_of
 from .migrating import source_of
-from .report import MAX_CAUSES, Causes
+from .report import Causes
 from .sweep import PER_SERVER, sweep
 
 if TYPE_CHECKING:
     from ..repo import Repo
 
-# What a status shows of each, so that no number of databases makes it longer than a screen.
-_MAX_NAMES: Final = 5
+# What a status shows, so that no number of databases makes it longer than a screen.
 _MAX_REVISIONS: Final = 12
 
 _STANDINGS: Final[tuple[Standing, ...]] = ("at", "behind", "ahead", "unknown")
@@ -60,20 +60,18 @@ class Status:
         counted = [f"{len(names)} {standing}" for standing, names in self.standings.items() if names]
         if self.causes.count:
             counted.append(f"{self.causes.count} unreachable")
-        yield f"{total} databases, {', '.join(counted) or 'none of them asked'}; {said(self.target)} is meant"
+        yield f"{total} databases, {', '.join(counted) or 'none of them asked'}; {line(said(self.target))} is meant"
         for revisions, count in self.revisions.most_common(_MAX_REVISIONS):
-            yield f"  {count:>6}  {said(revisions)}"
+            yield f"  {count:>6}  {line(said(revisions))}"
         if len(self.revisions) > _MAX_REVISIONS:
             yield f"  and {len(self.revisions) - _MAX_REVISIONS} more revisions"
         for standing, names in self.standings.items():
             if standing != "at" and names:
-                more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-                yield f"{standing}: {', '.join(sorted(names)[:_MAX_NAMES])}{more}"
+                yield f"{standing}: {some(sorted(names))}"
         if self.causes.count:
             yield "unreachable:"
             yield from self.causes.lines()
-        for server, error in list(self.unlisted.items())[:MAX_CAUSES]:
-            yield f"the databases of {server} could not be listed: {error}"
+        yield from unlisted(self.unlisted)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -81,9 +79,7 @@ class Status:
             "target": list(self.target),
             "revisions": {said(revisions): count for revisions, count in self.revisions.items()},
             **{standing: sorted(names) for standing, names in self.standings.items()},
-            "unreachable": [
-                {**cause.failure.as_dict(), "count": cause.count, "databases": cause.names} for cause in self.causes
-            ],
+            "unreachable": self.causes.as_list(),
             "unlisted": {server: str(error) for server, error in self.unlisted.items()},
         }
 

@@ -12,6 +12,7 @@ from ..across import Outcome, Target
 from ..database import Database
 from ..directory import Location
 from ..errors import ConfigError, ListingError, UnknownDatabaseError
+from .lines import some
 
 if TYPE_CHECKING:
     from ..repo import Repo
@@ -43,12 +44,22 @@ class Selection:
         match: Whose names fit one of these patterns, as a shell has them (``shard0*``).
         servers: Those on one of these, each a host, or ``host:port``.
         tags: Those that have all of these.
+
+    Raises:
+        ConfigError: One of them is no tuple of texts.
     """
 
     names: tuple[str, ...] = ()
     match: tuple[str, ...] = ()
     servers: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            given = getattr(self, field.name)
+            # A text would be taken for its characters, of which a * fits every name.
+            if not isinstance(given, tuple) or not all(isinstance(each, str) and each for each in given):
+                raise ConfigError(f"{field.name} of a selection is a tuple of texts, like ('shard01',), not {given!r}")
 
     @property
     def is_all(self) -> bool:
@@ -64,8 +75,10 @@ class Selection:
         )
 
     def reaches(self, server: str) -> bool:
-        """Whether databases on *server*, ``host:port``, may be meant."""
-        return not self.servers or bool({server, server.rpartition(":")[0].strip("[]")} & set(self.servers))
+        """Whether databases on *server*, ``host:port``, may be meant; host names know no case."""
+        address = server.lower()
+        host = address.rpartition(":")[0]
+        return not self.servers or bool({address, host, host.strip("[]")} & {each.lower() for each in self.servers})
 
     def as_dict(self) -> dict[str, list[str]]:
         """As it stands in a journal."""
@@ -121,10 +134,14 @@ def members(repo: type[Repo], where: Selection = ALL) -> Members:
         for each in known
         if where.names or each.name != databases.config.template_database
     ]
+    return _selected(where, found, failures)
+
+
+def _selected(where: Selection, found: Sequence[Member], failures: Mapping[str, Exception]) -> Members:
     selected = [member for member in found if where.admits(member)]
-    if found and not selected and not failures:
-        raise ConfigError(f"{_said(where)} selects none of {len(found)} databases{_hint(where, found)}")
     missed = {server: error for server, error in failures.items() if where.reaches(server)}
+    if (found or failures) and not selected and not missed:
+        raise ConfigError(f"{_said(where)} selects none of {len(found)} databases{_hint(where, found, failures)}")
     return Members(selected, missed)
 
 
@@ -148,14 +165,14 @@ def _said(where: Selection) -> str:
     return ", ".join(f"{name}={' '.join(values)}" for name, values in said.items() if values)
 
 
-def _hint(where: Selection, found: Sequence[Member]) -> str:
+def _hint(where: Selection, found: Sequence[Member], failures: Iterable[str]) -> str:
     """What may have been meant by a server or tag that nobody has."""
-    for given, known in (
-        (where.servers, {server for member in found for server in (member.database.host, member.database.server)}),
-        (where.tags, {tag for member in found for tag in member.tags}),
-    ):
+    addresses = {*failures, *(member.database.server for member in found)}
+    hosts = {address.rpartition(":")[0].strip("[]") for address in addresses}
+    tags = {tag for member in found for tag in member.tags}
+    for given, known in ((where.servers, hosts | addresses), (where.tags, tags)):
         for each in given:
             if each not in known:
                 close = get_close_matches(each, known, n=1)
-                return f": did you mean {close[0]!r}?" if close else f": known are {', '.join(sorted(known)) or 'none'}"
-    return f", the first of which is {found[0].name!r}"
+                return f": did you mean {close[0]!r}?" if close else f": known are {some(sorted(known)) or 'none'}"
+    return f", the first of which is {found[0].name!r}" if found else ""

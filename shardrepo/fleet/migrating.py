@@ -189,7 +189,7 @@ class Operation:
             return staged([task for task, _ in due], self._how.stages)
         return [
             Part(part.tasks, part.max_failures, part.pause, f"{revision}, {part.title}")
-            for revision, tasks in in_rounds(self._scripts, self._target, due)
+            for revision, tasks in in_rounds(self._scripts, due)
             for part in staged(tasks, self._how.stages)
         ]
 

@@ -8,9 +8,10 @@ from typing import Any, Final, Self
 
 from sqlalchemy.exc import DBAPIError
 
-from ..errors import ConnectError, ShardRepoError, sqlstate_of
+from ..errors import ConnectError, ShardRepoError
+from .lines import line
 
-# What stands in a report of a message: the server's first line says what is wrong, the statement follows.
+# Characters of a message: the server says first what is wrong, and then where.
 _MAX_MESSAGE: Final = 500
 
 
@@ -41,15 +42,21 @@ class Failure(ShardRepoError):
 
     @classmethod
     def of(cls, error: BaseException, *, revision: str | None = None, blockers: Iterable[str] = ()) -> Self | Failure:
-        """What *error* says, without what cannot be pickled."""
+        """What *error* says, without what cannot be pickled; a failure stays as it is.
+
+        Of a statement that failed it is what the driver says, without the statement and its parameters.
+        """
         if isinstance(error, Failure):
             return error
-        told = error.orig if isinstance(error, DBAPIError) and not isinstance(error, ShardRepoError) else error
-        sqlstate = error.sqlstate if isinstance(error, ConnectError) else None
+        told: BaseException = error
+        # A ConnectError says itself what the driver did not know.
+        if isinstance(error, DBAPIError) and not isinstance(error, ConnectError):
+            told = error.orig or error
+        kind = type(error if isinstance(error, ShardRepoError) else told).__name__
         return cls(
-            " ".join(str(told).split())[:_MAX_MESSAGE] or type(told).__name__,
-            kind=type(told).__name__,
-            sqlstate=sqlstate_of(error) if isinstance(error, DBAPIError) else sqlstate,
+            line(told, _MAX_MESSAGE) or kind,
+            kind=kind,
+            sqlstate=_sqlstate(error),
             revision=revision,
             blockers=blockers,
         )
@@ -61,16 +68,22 @@ class Failure(ShardRepoError):
 
     def as_dict(self) -> dict[str, Any]:
         """As it stands in a journal."""
-        facts = {"message": str(self), "kind": self.kind, "sqlstate": self.sqlstate, "revision": self.revision}
-        return {name: value for name, value in facts.items() if value} | (
-            {"blockers": list(self.blockers)} if self.blockers else {}
-        )
+        more = {"sqlstate": self.sqlstate, "revision": self.revision, "blockers": list(self.blockers)}
+        return {"message": str(self), "kind": self.kind, **{name: value for name, value in more.items() if value}}
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> Self:
         """Read what `as_dict` has written."""
         facts = dict(given)
         return cls(facts.pop("message"), **facts)
+
+
+def _sqlstate(error: BaseException) -> str | None:
+    """What the server has called *error*: its own word, or that of the driver's error within."""
+    for each in (error, getattr(error, "orig", None)):
+        if sqlstate := getattr(each, "sqlstate", None):
+            return str(sqlstate)
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from itertools import zip_longest
-from math import floor
+from math import floor, inf
 from typing import Any, Final, Literal, Self, TypeAlias
 
 from ..errors import ConfigError, unknown
@@ -41,7 +43,7 @@ class Share:
         except ValueError:
             number = -1.0
         percent = text.endswith("%")
-        if not 0 <= number < float("inf") or (percent and number > 100) or (not percent and number != int(number)):
+        if not 0 <= number < inf or (percent and number > 100) or (not percent and number != int(number)):
             raise ConfigError(
                 f"{name} must be a number of databases, like 5, or a part of them, like 2%, not {given!r}"
             )
@@ -49,7 +51,8 @@ class Share:
 
     def out_of(self, total: int) -> int:
         """How many that is of *total*; a part is rounded down."""
-        return floor(total * self.number / 100) if self.is_percent else int(self.number)
+        # Exactly: 0.57 % of 10,000 is 57, and by floating point 56.
+        return floor(total * Fraction(str(self.number)) / 100) if self.is_percent else int(self.number)
 
     def __str__(self) -> str:
         return f"{self.number:g}{'%' if self.is_percent else ''}"
@@ -60,7 +63,7 @@ class Stage:
     """A part of the databases that is done before the next part is begun.
 
     Attributes:
-        size: How many of those that it may take, at least one; None for all that are left.
+        size: How many of those that it may take, one where a percentage comes to less; None for all that are left.
         max_failures: How many of them may fail; None for what holds of the whole run.
         match: Only those whose names fit this pattern.
         tag: Only those that have this tag.
@@ -80,15 +83,18 @@ class Stage:
         Raises:
             ConfigError: It is neither, or one of the attributes is wrong.
         """
-        facts: dict[str, Any] = dict(given) if isinstance(given, dict) else {"size": given}
+        facts: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"size": given}
         for name in facts:
             if name not in cls.__slots__:
                 raise ConfigError(unknown("attribute of a stage", str(name), cls.__slots__))
-        size, allowed, pause = facts.get("size", "rest"), facts.get("max_failures"), facts.get("pause", 0)
-        if not isinstance(pause, int | float) or isinstance(pause, bool) or pause < 0:
+        allowed, pause = facts.get("max_failures"), facts.get("pause", 0)
+        if not isinstance(pause, int | float) or isinstance(pause, bool) or not 0 <= pause < inf:
             raise ConfigError(f"a stage's pause is a number of seconds, not {pause!r}")
+        for name in ("match", "tag"):
+            if not isinstance(facts.get(name, "-"), str) or facts.get(name) == "":
+                raise ConfigError(f"a stage's {name} is a text, not {facts[name]!r}")
         return cls(
-            size=None if size == "rest" else Share.of("the size of a stage", size),
+            size=_size(facts.get("size", "rest")),
             max_failures=None if allowed is None else Share.of("max_failures", allowed),
             match=facts.get("match"),
             tag=facts.get("tag"),
@@ -104,8 +110,21 @@ NONE: Final = Share(0)
 
 
 def canary(size: object) -> Stage:
-    """A first stage that is to show whether the rest is safe: none of it may fail."""
-    return Stage(size=Share.of("the canary's size", size), max_failures=NONE)
+    """A first stage that is to show whether the rest is safe: none of it may fail.
+
+    Raises:
+        ConfigError: *size* is none.
+    """
+    return Stage(size=_size(size), max_failures=NONE)
+
+
+def _size(given: object) -> Share | None:
+    if given == "rest":
+        return None
+    size = Share.of("the size of a stage", given)
+    if not size.number:
+        raise ConfigError(f"a stage of {given!r} has no database: give it one, or leave it out")
+    return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +193,39 @@ def by_turns(tasks: Iterable[Task]) -> list[Task]:
     return [task for turn in zip_longest(*queues.values()) for task in turn if task is not None]
 
 
+class Queue:
+    """Tasks that wait for their turn, in their order, and how many of each server have had it and are not done.
+
+    One look at each server finds the next, however many wait.
+    """
+
+    def __init__(self, tasks: Iterable[Task], per_server: int) -> None:
+        self._per_server = per_server
+        self._waiting: dict[str, deque[tuple[int, Task]]] = {}
+        self._busy: Counter[str] = Counter()
+        for number, task in enumerate(tasks):
+            self._waiting.setdefault(task.server, deque()).append((number, task))
+
+    def __bool__(self) -> bool:
+        """Whether any wait."""
+        return bool(self._waiting)
+
+    def take(self) -> Task | None:
+        """The first whose server has a place, which it has from now on; None while no server has one."""
+        free = [tasks for server, tasks in self._waiting.items() if self._busy[server] < self._per_server]
+        if not free:
+            return None
+        _, task = min(free, key=lambda tasks: tasks[0][0]).popleft()
+        if not self._waiting[task.server]:
+            del self._waiting[task.server]
+        self._busy[task.server] += 1
+        return task
+
+    def leave(self, task: Task) -> None:
+        """One that was taken gives its place back."""
+        self._busy[task.server] -= 1
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What an operation has to do in one database.
@@ -196,7 +248,7 @@ class Judge:
         scripts: The revision graph.
         move: What is to be done.
         target: Where to, as it was asked for.
-        purges: Whether it does not matter where a database is.
+        purges: Whether it does not matter where a database is that is to be stamped.
 
     Raises:
         ConfigError: There is no such revision.
@@ -204,7 +256,7 @@ class Judge:
 
     def __init__(self, scripts: Scripts, move: Work, target: str, *, purges: bool = False) -> None:
         self._scripts = scripts
-        self._purges = purges
+        self._purges = purges and move == "stamp"
         self._move: Work = move
         self._target = target
         self.target: Revisions | None = None if is_relative(target) else scripts.resolve(target)
@@ -231,6 +283,9 @@ class Judge:
                 return Verdict(standing, problem=str(error))
         if move == "check" and standing != "at":
             return Verdict(standing, problem="it is not at head, where alone it can be compared with the models")
+        if move == "downgrade" and standing == "behind" and scripts.missing(heads, found):
+            here = " ".join(found)
+            return Verdict(standing, problem=f"it is at {here}, from where no way back leads to {self._target}")
         return Verdict(standing, self._target if standing in _DUE[move] else None)
 
 
@@ -243,12 +298,21 @@ _DUE: Final[Mapping[Work, tuple[Standing, ...]]] = {
 }
 
 
-def in_rounds(scripts: Scripts, target: str, found: Sequence[tuple[Task, Revisions]]) -> list[tuple[str, list[Task]]]:
-    """A round for each revision up to *target*, in the order in which they are run: the tasks of those that lack it."""
-    rounds = []
-    for step in scripts.steps("upgrade", target, ()):
-        revision = step.revision.revision
-        behind = [replace(task, target=revision) for task, at in found if scripts.missing(at, (revision,))]
-        if behind:
-            rounds.append((revision, behind))
-    return rounds
+def in_rounds(scripts: Scripts, found: Iterable[tuple[Task, Revisions]]) -> list[tuple[str, list[Task]]]:
+    """A round for each revision, in the order in which they are run: the tasks of those that are to run it.
+
+    Args:
+        scripts: The revision graph.
+        found: Tasks of an upgrade, and the revisions that their databases are at.
+    """
+    rounds: dict[str, list[Task]] = {step.revision.revision: [] for step in scripts.steps("upgrade", "heads", ())}
+    # The same few ways, for any number of databases.
+    ways: dict[tuple[str, Revisions], list[str]] = {}
+    for task, at in found:
+        way = ways.get((task.target, at))
+        if way is None:
+            steps = scripts.steps("upgrade", task.target, at)
+            way = ways[task.target, at] = [step.revision.revision for step in steps]
+        for revision in way:
+            rounds[revision].append(replace(task, target=revision))
+    return [(revision, tasks) for revision, tasks in rounds.items() if tasks]

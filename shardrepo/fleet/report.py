@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import heapq
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final
 
 from ..across import Outcome
 from ..errors import FleetError
-from ..scripts import Standing
+from ..scripts import Standing, is_relative
+from .lines import MAX_NAMES, line, some, unlisted
 from .outcomes import Failure, Migration
 from .plan import Task
 from .runner import Ending
 
 # What a report shows of each, so that no number of failures makes it longer than a screen or two.
-MAX_CAUSES: Final = 8
-_MAX_NAMES: Final = 5
+_MAX_CAUSES: Final = 8
+_MAX_BLOCKERS: Final = 2
+_MAX_DRIFT: Final = 3
 _SLOWEST: Final = 5
 
 OK: Final = 0
@@ -54,7 +58,7 @@ class Causes:
         apart = (server,) if failure.kind in _OF_A_SERVER else ()
         cause = self._causes.setdefault((*apart, *failure.cause), Cause(failure))
         cause.count += 1
-        if len(cause.names) < _MAX_NAMES:
+        if len(cause.names) < MAX_NAMES:
             cause.names.append(name)
 
     @property
@@ -68,18 +72,21 @@ class Causes:
     def lines(self) -> Iterator[str]:
         """A few lines for each of the most frequent ones."""
         causes = list(self)
-        for cause in causes[:MAX_CAUSES]:
+        for cause in causes[:_MAX_CAUSES]:
             failure = cause.failure
             where = f" in revision {failure.revision}" if failure.revision else ""
             code = f" ({failure.sqlstate})" if failure.sqlstate else ""
-            more = f" and {cause.count - len(cause.names)} more" if cause.count > len(cause.names) else ""
-            yield f"  {cause.count} x {failure.kind}{code}{where}: {failure}"
-            yield f"      {', '.join(cause.names)}{more}"
-            for blocker in failure.blockers[:2]:
-                yield f"      blocked by {blocker}"
-        if len(causes) > MAX_CAUSES:
-            rest = sum(cause.count for cause in causes[MAX_CAUSES:])
-            yield f"  {rest} more, of {len(causes) - MAX_CAUSES} other causes: see the journal"
+            yield f"  {cause.count} x {failure.kind}{code}{where}: {line(failure, 500)}"
+            yield f"      {some(cause.names, cause.count)}"
+            for blocker in failure.blockers[:_MAX_BLOCKERS]:
+                yield f"      blocked by {line(blocker, 300)}"
+        if len(causes) > _MAX_CAUSES:
+            rest = sum(cause.count for cause in causes[_MAX_CAUSES:])
+            yield f"  {rest} more, of {len(causes) - _MAX_CAUSES} other causes"
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """As JSON has it: all of them, the most frequent first."""
+        return [{**cause.failure.as_dict(), "count": cause.count, "databases": cause.names} for cause in self]
 
 
 # Errors that say something of a server, and nothing of a database.
@@ -99,10 +106,11 @@ class Report:
         drifted: What differs from the models, by database; for a check.
         causes: Why the others failed.
         unlisted: Why the databases of a server could not be listed, by server.
-        left: How many were not begun.
+        left: How many were not begun, or not brought to an end.
         ending: Why it ended: "complete" also with failures, "budget" when more of them than may be, "interrupted",
             "journal" when that could not be written any more.
         seconds: How long it took.
+        problem: Why the journal could not be written any more.
     """
 
     work: str
@@ -117,28 +125,31 @@ class Report:
     ending: Ending = "complete"
     seconds: float = 0.0
     problem: str | None = None
-    _changed: set[str] = field(default_factory=set)
+    _has_changed: dict[str, bool] = field(default_factory=dict)
+    _failed_templates: int = 0
     _slowest: list[tuple[float, str]] = field(default_factory=list)
 
     @property
     def changed(self) -> int:
-        """How many are at the target now that were not."""
-        return len(self._changed)
+        """How many are further than they were, with none that failed; all of them at the target if none is left."""
+        return sum(self._has_changed.values())
 
     def add(self, task: Task, outcome: Outcome[Migration]) -> None:
-        """Count what became of a task."""
+        """Count what became of a task. A database may have several, in rounds, and is counted once."""
+        name = task.name
+        had_changed = self._has_changed.pop(name, None)
+        self.unchanged -= had_changed is False
         if outcome.error is not None:
-            self._changed.discard(outcome.name)
-            self.causes.add(outcome.name, task.server, outcome.error)
+            self._failed_templates += task.template is not None
+            self.causes.add(name, task.server, outcome.error)
             return
-        assert outcome.value is not None
-        if outcome.value.drift:
-            self.drifted[outcome.name] = outcome.value.drift
-        elif outcome.value.before != outcome.value.after:
-            self._changed.add(outcome.name)
+        migration = outcome.result()
+        if migration.drift:
+            self.drifted[name] = migration.drift
         else:
-            self.unchanged += 1
-        heapq.heappush(self._slowest, (outcome.seconds, outcome.name))
+            self._has_changed[name] = had_changed or migration.before != migration.after
+            self.unchanged += not self._has_changed[name]
+        heapq.heappush(self._slowest, (outcome.seconds, name))
         if len(self._slowest) > _SLOWEST:
             heapq.heappop(self._slowest)
 
@@ -163,38 +174,55 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """The report: at most 60 lines."""
+        yield f"{self.work} {self.target}: {self._counted() or 'nothing to do'}, in {self.seconds:.1f} s"
+        yield from self.causes.lines()
+        for name, drift in islice(self.drifted.items(), MAX_NAMES):
+            yield f"  {line(name)} differs from the models: {line('; '.join(drift[:_MAX_DRIFT]), 500)}"
+        if len(self.drifted) > MAX_NAMES:
+            yield f"  {len(self.drifted) - MAX_NAMES} more differ"
+        yield from unlisted(self.unlisted)
+        if self.ending != "complete":
+            yield self._why_it_ended()
+        if self.changed:
+            slowest = (f"{line(name)} {seconds:.2f} s" for seconds, name in sorted(self._slowest, reverse=True))
+            yield f"slowest: {', '.join(slowest)}"
+        yield from self._what_next()
+
+    def _counted(self) -> str:
         numbers = {
             "changed": self.changed,
             "unchanged": self.unchanged,
             "drifted": len(self.drifted),
             "failed": self.causes.count,
             "not begun": self.left,
+            "servers not listed": len(self.unlisted),
         }
-        counted = ", ".join(f"{number} {name}" for name, number in numbers.items() if number) or "nothing to do"
-        yield f"{self.work} {self.target}: {counted}, in {self.seconds:.1f} s"
-        yield from self.causes.lines()
-        for name, drift in list(self.drifted.items())[:_MAX_NAMES]:
-            yield f"  {name} differs from the models: {'; '.join(drift[:3])}"
-        for server, error in list(self.unlisted.items())[:MAX_CAUSES]:
-            yield f"  the databases of {server} could not be listed, and were left alone: {error}"
+        return ", ".join(f"{number} {name}" for name, number in numbers.items() if number)
+
+    def _why_it_ended(self) -> str:
         if self.ending == "budget":
-            yield "ended early: more failed than --max-failures or the stage allows; what was under way was finished"
+            return "ended early: more failed than --max-failures or the stage allows; what was under way was finished"
         if self.ending == "interrupted":
-            yield "interrupted: what was under way has been finished, or rolled back to its last revision"
-        if self.ending == "journal":
-            yield f"ended early: the journal cannot be written: {self.problem}"
-        if self.changed and self._slowest:
-            shown = ", ".join(f"{name} {seconds:.2f} s" for seconds, name in sorted(self._slowest, reverse=True))
-            yield f"slowest: {shown}"
-        yield from self._what_next()
+            return "interrupted: what was under way has been finished, or rolled back to its last revision"
+        return f"ended early: the journal cannot be written: {line(self.problem)}; what was under way was finished"
 
     def _what_next(self) -> Iterator[str]:
         if self.run is None or self.work == "check":
             return
-        if self.left:
-            yield f"go on:  shardrepo {self.work} --resume {self.run}"
-        if self.causes.count:
-            yield f"retry:  shardrepo {self.work} {self.target} --failed {self.run}"
+        failed = self.causes.count - self._failed_templates
+        if self.left or self._failed_templates or (failed and is_relative(self.target)):
+            # It does again what has failed, too, and goes where that was to go: a relative target, asked for anew, is
+            # reckoned from where a database was left.
+            yield f"go on:  {self._command('--resume')}"
+        if failed and not is_relative(self.target):
+            yield f"retry:  {self._command('--failed')}"
+
+    def _command(self, option: str) -> str:
+        """What to type, with *option* and this run; a target like -1 would be taken for an option."""
+        words = ["shardrepo", self.work, self.target, option, str(self.run)]
+        if self.target.startswith("-"):
+            words = ["shardrepo", self.work, option, str(self.run), "--", self.target]
+        return shlex.join(words)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -206,12 +234,11 @@ class Report:
             "changed": self.changed,
             "unchanged": self.unchanged,
             "drifted": {name: list(drift) for name, drift in self.drifted.items()},
-            "failed": [
-                {**cause.failure.as_dict(), "count": cause.count, "databases": cause.names} for cause in self.causes
-            ],
+            "failed": self.causes.as_list(),
             "unlisted": {server: str(error) for server, error in self.unlisted.items()},
             "left": self.left,
             "ending": self.ending,
+            "problem": self.problem,
             "seconds": round(self.seconds, 3),
             "exit_code": self.exit_code,
         }

@@ -19,6 +19,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -70,16 +71,12 @@ class Settings:
         """
         start = (start or Path.cwd()).absolute()
         file = next((each / PROJECT for each in (start, *start.parents) if (each / PROJECT).is_file()), None)
-        given = {} if file is None else _table(file)
-        for name in given:
-            if name not in _NAMES:
-                raise ConfigError(f"{file}: {unknown('setting', name, _NAMES)} in [tool.shardrepo]")
         spoken = {name: environ[PREFIX + name.upper()] for name in _NAMES if PREFIX + name.upper() in environ}
-        merged = {**given, **spoken, **{name: value for name, value in flags.items() if value is not None}}
-        return cls(
-            root=start if file is None else file.parent,
-            **{name: _READERS[name](name, value) for name, value in merged.items()},
-        )
+        asked = {name: value for name, value in flags.items() if value is not None}
+        given = {} if file is None else _checked(f"{file}, [tool.shardrepo]", _table(file))
+        given |= _checked("the environment", spoken, PREFIX)
+        given |= _checked("the options", asked)
+        return cls(root=start if file is None else file.parent, **given)
 
     @property
     def source(self) -> Source | None:
@@ -107,14 +104,29 @@ class Settings:
 
 
 def _table(file: Path) -> Mapping[str, Any]:
+    """What stands under ``[tool.shardrepo]``."""
     try:
-        tools = tomllib.loads(file.read_text(encoding="utf-8")).get("tool", {})
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-    table = tools.get("shardrepo", {})
-    if not isinstance(table, dict):
-        raise ConfigError(f"{file}: [tool.shardrepo] is a table of settings, not {table!r}")
+    for name in ("tool", "shardrepo"):
+        table = table.get(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file}: {name} is a table, as in [tool.shardrepo], not {table!r}")
     return table
+
+
+def _checked(where: str, given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of *given*, each as what it is; errors say that they stand *where*, and begin with *prefix*."""
+    found = {}
+    for name, value in given.items():
+        if name not in _READERS:
+            raise ConfigError(f"{where}: {unknown('setting', name, _NAMES)}")
+        try:
+            found[name] = _READERS[name](prefix + name.upper() if prefix else name, value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+    return found
 
 
 def _text(name: str, value: Any) -> str:
@@ -124,18 +136,18 @@ def _text(name: str, value: Any) -> str:
 
 
 def _integer(name: str, value: Any) -> int:
-    return int(_number(name, value, int))
+    number = _number(name, value, "an integer")
+    if number != int(number):
+        raise ConfigError(f"{name} must be an integer, not {value!r}")
+    return int(number)
 
 
-def _seconds(name: str, value: Any) -> float:
-    return _number(name, value, float)
-
-
-def _number(name: str, value: Any, kind: type[int | float]) -> float:
+def _number(name: str, value: Any, kind: str = "a number") -> float:
     with suppress(TypeError, ValueError):
-        if not isinstance(value, bool):
-            return kind(value)
-    raise ConfigError(f"{name} must be {'an integer' if kind is int else 'a number'}, not {value!r}")
+        number = float(value)
+        if not isinstance(value, bool) and isfinite(number):
+            return number
+    raise ConfigError(f"{name} must be {kind}, not {value!r}")
 
 
 def _stages(name: str, value: Any) -> tuple[Stage, ...]:
@@ -154,9 +166,9 @@ _READERS: Final[Mapping[str, Any]] = {
     "per_server": _integer,
     "stages": _stages,
     "max_failures": Share.of,
-    "lock_timeout": _seconds,
+    "lock_timeout": _number,
     "lock_retries": _integer,
-    "patience": _seconds,
+    "patience": _number,
 }
 _NAMES: Final = tuple(_READERS)
 assert set(_NAMES) == {field.name for field in fields(Settings)} - {"root"}
