@@ -136,11 +136,13 @@ def _migrate(
                 )
             )
         else:
-            operation = Operation(opened.repo, work, target, where.selection(opened), rollout, opened.source, observe)
+            operation = Operation(
+                opened.repo, work, target, where.selection(opened), rollout, opened.source, observe, control
+            )
             if plan:
                 _print_plan(operation, as_json=as_json)
                 return
-            report = _ended(lambda: operation.run(control))
+            report = _ended(operation.run)
     if as_json:
         print_json({"report": report.as_dict()})
     else:

@@ -19,9 +19,10 @@ from .journal import runs
 from .looking import Rows, Status, behind, current, execute, ping, status
 from .making import Made, create, drop
 from .members import ALL, Member, Members, Selection, members
-from .migrating import DEFAULT, Operation, Plan, Rollout, resume
+from .migrating import Operation, resume
 from .outcomes import Failure, Migration
 from .plan import Part, Share, Stage, Task, Work, canary
+from .planning import DEFAULT, Plan, Rollout
 from .report import Causes, Report
 from .revising import Revision, heads, history, revision, sql
 from .runner import Control, Observer, Progress
@@ -105,7 +106,7 @@ def upgrade(
         ConfigError: The repo, the revision or the selection is none, or the journal cannot be written: nothing is done.
         FleetError: Not all databases are at the revision; it has the report.
     """
-    return Operation(repo, "upgrade", revision, where, how, source, observe).run(control)
+    return Operation(repo, "upgrade", revision, where, how, source, observe, control).run()
 
 
 def downgrade(
@@ -123,7 +124,7 @@ def downgrade(
     A relative one, like ``-1``, is reckoned from where each database is when it is planned, and not again when the
     run is taken up.
     """
-    return Operation(repo, "downgrade", revision, where, how, source, observe).run(control)
+    return Operation(repo, "downgrade", revision, where, how, source, observe, control).run()
 
 
 def stamp(
@@ -137,7 +138,7 @@ def stamp(
     observe: Observer = lambda _: None,
 ) -> Report:
     """Note in databases that they are at *revision*, and run nothing; otherwise as `upgrade`."""
-    return Operation(repo, "stamp", revision, where, how, source, observe).run(control)
+    return Operation(repo, "stamp", revision, where, how, source, observe, control).run()
 
 
 def check(
@@ -155,4 +156,4 @@ def check(
         ConfigError: As `upgrade`.
         FleetError: One differs, is not at head or cannot be asked; the report has what differs.
     """
-    return Operation(repo, "check", "heads", where, how, source, observe).run(control)
+    return Operation(repo, "check", "heads", where, how, source, observe, control).run()

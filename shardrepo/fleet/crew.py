@@ -140,12 +140,12 @@ def executor_of(url: str | None) -> Iterator[Executor | None]:
     except ImportError as error:
         raise ConfigError("a Dask cluster takes what is not installed: pip install 'shardrepo[dask]'") from error
     try:
-        client = Client(f"tcp://{address}", timeout=_ANSWER)
+        client = Client(f"tcp://{address}", timeout=_ANSWER)  # type: ignore[no-untyped-call]  # it has no types
     except (OSError, ValueError) as error:
         raise ConfigError(f"no Dask scheduler answers at {address} within {_ANSWER} s: {error}") from error
     with client:
         # Impure: the same task is to be done as often as it is asked for.
-        yield client.get_executor(pure=False)
+        yield client.get_executor(pure=False)  # type: ignore[no-untyped-call]
 
 
 def _enlist(stop: Any, environ: Mapping[str, str]) -> None:

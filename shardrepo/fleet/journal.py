@@ -99,6 +99,17 @@ class Account:
         return outcome is not None and outcome.ok
 
     @property
+    def names(self) -> set[str]:
+        """The members that it has planned for, or tried to."""
+        planned = {task.name for part in self.parts for task in part.tasks if task.template is None}
+        return planned | set(self.refused)
+
+    @property
+    def refused(self) -> list[str]:
+        """The members that could not be planned for."""
+        return [name for number, name in self.outcomes if number == _UNPLANNED]
+
+    @property
     def failed(self) -> list[str]:
         """The members whose last outcome is a failure."""
         last = {name: outcome for (_, name), outcome in self.outcomes.items()}
@@ -111,13 +122,14 @@ class Journal:
 
     Attributes:
         run: What the run is called, and its file is.
+        is_empty: Whether it tells of nothing that was to be done, and will be removed.
     """
 
     def __init__(self, path: Path, file: IO[str], *, is_new: bool = True) -> None:
         self.run = path.name.removesuffix(_SUFFIX)
         self._path = path
         self._file = file
-        self._is_empty = is_new
+        self.is_empty = is_new
 
     @classmethod
     def begin(cls, folder: Path, work: str, head: Mapping[str, Any]) -> Self:
@@ -159,7 +171,7 @@ class Journal:
         """Note the first fact of this process; the journal is closed when that fails."""
         try:
             # What another process was writing when it was killed may have no end.
-            self._file.write("" if self._is_empty or _ends_with_a_line(self._path) else "\n")
+            self._file.write("" if self.is_empty or _ends_with_a_line(self._path) else "\n")
             self._write(facts)
         except OSError:
             self.close()
@@ -170,7 +182,7 @@ class Journal:
         self._file.flush()
 
     def _note(self, **facts: Any) -> None:
-        self._is_empty = False
+        self.is_empty = False
         self._write(facts)
 
     def plan(self, parts: Sequence[Part]) -> None:
@@ -179,7 +191,7 @@ class Journal:
         Raises:
             OSError, ValueError: It cannot be written, or the journal is closed; so with everything that is noted.
         """
-        self._is_empty = self._is_empty and not parts
+        self.is_empty = self.is_empty and not parts
         for part in parts:
             facts = {"max_failures": part.max_failures, "pause": part.pause, "title": part.title}
             self._write({"part": facts}, *({"task": task.as_dict()} for task in part.tasks))
@@ -198,12 +210,16 @@ class Journal:
             facts |= asdict(outcome.result())
         self._note(ended=outcome.name, part=part, **facts)
 
+    def refused(self, outcome: Outcome[Migration]) -> None:
+        """Note a database that cannot be planned for, and why."""
+        self.ended(_UNPLANNED, outcome)
+
     def close(self) -> None:
         """Let others have it; one that tells of nothing is removed."""
         # What could not be written was told when it was noted.
         with suppress(OSError):
             self._file.close()
-        if self._is_empty:
+        if self.is_empty:
             with suppress(OSError):
                 self._path.unlink()
 

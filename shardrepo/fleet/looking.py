@@ -15,7 +15,7 @@ from ..across import Outcomes, Target, fan_out
 from ..scripts import Revisions, Scripts, Source, Standing
 from .lines import line, some, unlisted
 from .members import ALL, Members, Selection, members, targets_of
-from .migrating import source_of
+from .planning import source_of
 from .report import Causes
 from .sweep import PER_SERVER, sweep
 

@@ -14,9 +14,9 @@ from ..directory import Servers
 from ..errors import ConfigError, ReadOnlyError, UnknownDatabaseError
 from ..scripts import Revisions, Scripts, Source
 from .members import Selection, members
-from .migrating import source_of
 from .outcomes import Failure
 from .plan import Judge, Task
+from .planning import source_of
 from .sweep import sweep
 from .worker import Manner, migrate
 

@@ -24,8 +24,8 @@ from ..scripts import Revisions, Scripts, Source, forget
 from .env import HANDED, Handed
 from .making import place_anywhere
 from .members import Selection, members
-from .migrating import source_of
 from .plan import Task
+from .planning import source_of
 from .worker import Manner, alembic_in_use, migrate
 
 if TYPE_CHECKING:

@@ -200,7 +200,7 @@ class Runner:
 
     def _begin(self, task: Task, life: int) -> None:
         """Begin *task*, once that is in the journal."""
-        if not self._note(lambda journal: journal.begun(self._number, task)):
+        if not self.note(lambda journal: journal.begun(self._number, task)):
             return
         try:
             future = self._crew.submit(self._manner, task)
@@ -224,7 +224,7 @@ class Runner:
     def _settle(self, task: Task, outcome: Outcome[Migration]) -> None:
         self._queue.leave(task)
         self._count(task, outcome)
-        self._note(lambda journal: journal.ended(self._number, outcome))
+        self.note(lambda journal: journal.ended(self._number, outcome))
         self._settled(task, outcome)
         self._tell(outcome)
 
@@ -250,7 +250,7 @@ class Runner:
             of_all is not None and len(self._failed) > of_all
         )
 
-    def _note(self, write: Callable[[Journal], object]) -> bool:
+    def note(self, write: Callable[[Journal], object]) -> bool:
         """Write into the journal; when that fails, end, as what is not in it would be done without a record."""
         if self._journal is None:
             return True

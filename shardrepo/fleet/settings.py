@@ -25,8 +25,8 @@ from typing import Any, Final, Self
 
 from ..errors import ConfigError, unknown
 from ..scripts import Source, location_of
-from .migrating import SCRIPTS, Rollout
 from .plan import Share, Stage
+from .planning import SCRIPTS, Rollout
 
 PROJECT: Final = "pyproject.toml"
 PREFIX: Final = "SHARDREPO_"

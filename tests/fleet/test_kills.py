@@ -205,7 +205,7 @@ def test_ctrl_c_once(gated: Project) -> None:
     assert "interrupted" in out
     assert gated.revisions() == {**gated.all_at("0001"), first: ["0002"]}
     (run,) = fleet.runs(gated.root / ".shardrepo")
-    assert f"go on:  shardrepo upgrade --resume {run}" in out
+    assert f"go on:  shardrepo upgrade head --resume {run}" in out
     assert gated.run("upgrade", "--resume", run).returncode == 0
     check_done(gated)
 
