@@ -1,7 +1,7 @@
 """What a worker process does: run Alembic in one database, under that database's lock.
 
 In a process, and never in a thread: Alembic keeps what it works on in globals of its modules, so that in threads the
-statements of one database's migration run in another's (decision 15 has the measurement). Callers in several threads
+statements of one database's migration run in another's (decision 17 has the measurement). Callers in several threads
 wait for each other.
 """
 
