@@ -20,7 +20,7 @@ from .plan import Task
 from .worker import Manner, carry_out
 
 # Forks of a process that has no threads whose locks they could inherit, and nothing of this one's: what all workers
-# import it has imported, which takes each of them half a second otherwise.
+# import it has imported (decision 17 has the seconds).
 _FORKS: Final = multiprocessing.get_context("forkserver")
 _IMPORTED: Final = ["shardrepo.fleet.worker", "shardrepo.engines", "psycopg"]
 
