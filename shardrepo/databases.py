@@ -21,7 +21,7 @@ from .config import Config, ConfigSource
 from .context import Context
 from .database import Choice, Chosen, Database, choose
 from .directory import Directory, Location, Whereabouts
-from .errors import ConfigError, NoDatabaseError, WrongDatabaseError
+from .errors import ConfigError, ListingError, NoDatabaseError, WrongDatabaseError
 from .listeners import Listeners
 from .pool import autocommit, vouch
 
@@ -180,10 +180,15 @@ class Databases:
         return self.resolve(choice)
 
     def listed(self) -> list[Location]:
-        """All databases that the directory knows."""
+        """All databases that the directory knows; a server's template is none that anybody works in."""
         if self.whereabouts is None:
             raise ConfigError("this repo has no directory that could list its databases: give one in its config")
-        return self.whereabouts.list_databases()
+        template = self.config.template_database
+        try:
+            return [each for each in self.whereabouts.list_databases() if each.name != template]
+        except ListingError as error:
+            error.found = tuple(each for each in error.found if each.name != template)
+            raise
 
     def location(self, name: str) -> Location:
         """What the directory says of *name* now; on the default's server without one."""

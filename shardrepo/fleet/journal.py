@@ -140,7 +140,7 @@ class Journal:
         """
         path = folder / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{work}-{secrets.token_hex(2)}{_SUFFIX}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
             journal = cls(path, _locked(path, "x"))
             journal._first(head=dict(head))
         except OSError as error:
@@ -255,6 +255,13 @@ def read(folder: Path, run: str) -> Account:
 def runs(folder: Path) -> list[str]:
     """The names of all runs, the newest last; none where there is no such folder."""
     return sorted(path.name.removesuffix(_SUFFIX) for path in folder.glob(f"*{_SUFFIX}")) if folder.is_dir() else []
+
+
+def _make(folder: Path) -> None:
+    """Make *folder* unless it is there, as one that is not for version control."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".gitignore").write_text("*\n", encoding="utf-8")
 
 
 def _path(folder: Path, run: str) -> Path:

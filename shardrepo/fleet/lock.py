@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from sqlalchemy import Row, text
 from sqlalchemy.engine import Connection
 
+from ..calls import deadline
 from ..pool import autocommit, set_autocommit, vouch
 from .outcomes import Failure
 
@@ -111,6 +112,8 @@ class Lookout:
     def _run(self) -> None:
         if self._over.wait(self._interval):
             return
+        # Where a bound leaves no room beside the migration itself, nobody is asked.
+        deadline.set(monotonic() + self._interval)
         # Not to be seen is no failure of the migration.
         with suppress(Exception), self._databases.cache.transient(self._database) as connection:
             vouch(connection)

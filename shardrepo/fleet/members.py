@@ -129,11 +129,7 @@ def members(repo: type[Repo], where: Selection = ALL) -> Members:
         known = _named(where.names, databases.location) if where.names else databases.listed()
     except ListingError as error:
         known, failures = error.found, error.failures
-    found = [
-        Member(each.name, databases.tended(each), each.state, each.tags)
-        for each in known
-        if where.names or each.name != databases.config.template_database
-    ]
+    found = [Member(each.name, databases.tended(each), each.state, each.tags) for each in known]
     return _selected(where, found, failures)
 
 

@@ -18,6 +18,7 @@ from shardrepo import (
     DEFAULT,
     ConfigError,
     DatabaseStateError,
+    ListingError,
     ReadOnlyError,
     Repo,
     UnknownDatabaseError,
@@ -592,3 +593,33 @@ def test_only_so_many_names_are_remembered(
     assert known is not None
     assert len(known._known) <= 10
     assert Location.of("x", "db01") == Location.of("x", {"host": "db01"})
+
+
+def test_a_template_is_not_listed(
+    make_repo: Callable[..., type[Repo]], server: Server, shards: dict[str, Server]
+) -> None:
+    """What the config names as the servers' template is none of the databases, also where a server does not answer."""
+    template, *others = [name for name, on in shards.items() if on is server]
+    down = {"host": "127.0.0.1", "port": 1}
+    for servers in ([address(server)], [address(server), down]):
+        repo = make_repo("postgres", directory=Servers(servers, like="db%"), template_database=template)
+        try:
+            found = [each.name for each in repo.databases()]
+        except ListingError as error:
+            assert list(error.failures) == ["127.0.0.1:1"]
+            found = [each.name for each in error.found]
+        assert template not in found
+        assert set(others) <= set(found)
+
+
+def test_what_a_listing_says_is_remembered(
+    make_repo: Callable[..., type[Repo]], server: Server, shards: dict[str, Server]
+) -> None:
+    """Where a database is that has just been listed costs no further question."""
+    repo = make_repo("postgres", directory=Servers([address(on) for on in set(shards.values())], like="db%"))
+    repo.databases()
+    asked = repo.stats().attempts
+    for name, on in shards.items():
+        with repo.using(name):
+            assert repo.get_database().port == on.port
+    assert repo.stats().attempts == asked
