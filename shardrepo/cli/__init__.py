@@ -1,6 +1,7 @@
 """The command `shardrepo`. What it needs beyond the library is loaded when it runs."""
 
 import json
+import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -16,14 +17,20 @@ def main() -> None:
         import typer  # noqa: F401  # here, so that its absence is told and not a traceback
     except ModuleNotFoundError as error:
         _give_up(f"the command needs {error.name}, which is not installed: pip install 'shardrepo[cli]'")
-    from ..errors import ConnectError, ShardRepoError, UnknownDatabaseError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from ..errors import ConfigError, NoDatabaseError, ReadOnlyError, ShardRepoError, UnknownDatabaseError
+    from ..fleet.outcomes import Failure
     from ..fleet.report import FAILED, USAGE
 
+    # What is begun is to be ended properly, whoever asks for it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         application()()
-    except ShardRepoError as error:
-        is_usage = not isinstance(error, ConnectError) or isinstance(error, UnknownDatabaseError)
-        _give_up(str(error), USAGE if is_usage else FAILED)
+    except (ConfigError, NoDatabaseError, ReadOnlyError, UnknownDatabaseError) as error:
+        _give_up(str(error), USAGE)
+    except (ShardRepoError, SQLAlchemyError) as error:
+        _give_up(str(Failure.of(error)), FAILED)
 
 
 # Annotations are evaluated where typer was imported, so this module cannot postpone them.

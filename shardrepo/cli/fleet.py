@@ -3,19 +3,19 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
 from .. import fleet
 from ..across import Outcome
-from ..errors import FleetError
+from ..errors import ConfigError, FleetError
 from ..fleet import Control, Operation, Report, Work
 from ..fleet.crew import executor_of
 from ..fleet.looking import said
 from ..fleet.scaffold import init as write_project
 from .options import How, Opened, Project, Where, expanded
-from .show import Format, Watcher, interrupts, print_json, print_lines, print_rows, problem
+from .show import Format, Watcher, apart, facts_of, interrupts, print_json, print_lines, print_rows
 
 T = TypeVar("T")
 
@@ -120,6 +120,8 @@ def _migrate(
     as_json: bool = False,
     **more: Any,
 ) -> None:
+    if resume is not None and (plan or sql or where != Where()):
+        raise ConfigError("--resume goes on with a run as it was begun: it takes no selection, --plan or --sql")
     opened = project.open(**how.flags())
     if work == "check":
         more["journal"] = None
@@ -239,7 +241,8 @@ def execute(
     def rows(result: fleet.Rows) -> Iterable[dict[str, Any]]:
         if not result.columns:
             return [{"count": result.count}]
-        return (dict(zip(result.columns, row, strict=True)) for row in result.rows)
+        names = apart(result.columns)
+        return (dict(zip(names, row, strict=True)) for row in result.rows)
 
     _print_outcomes(outcomes, rows, format)
 
@@ -253,15 +256,13 @@ def _print_outcomes(
     def rows() -> Iterator[Mapping[str, Any]]:
         for outcome in outcomes:
             if outcome.error is not None:
-                failures.add(outcome.name, (outcome.home or outcome.name).partition("/")[0], outcome.error)
+                _add(failures, outcome)
                 continue
             for row in rows_of(outcome.result()):
                 yield {"database": outcome.name, **row}
 
     print_rows(rows(), form)
-    if failures.count:
-        print(f"{failures.count} failed:", *failures.lines(), sep="\n", file=sys.stderr)
-    raise typer.Exit(1 if failures.count else 0)
+    _exit(failures)
 
 
 def history(*, project: Project, as_json: Json = False) -> None:
@@ -302,7 +303,7 @@ def revision(
 ) -> None:
     """Write a new revision."""
     opened = project.open()
-    path = fleet.revision(
+    written = fleet.revision(
         opened.repo,
         message,
         autogenerate=autogenerate,
@@ -314,7 +315,10 @@ def revision(
         branch_label=branch_label,
         rev_id=rev_id,
     )
-    print(f"wrote {path}")
+    for path in written:
+        print(f"wrote {path}")
+    if not written:
+        print("nothing was written: env.py's process_revision_directives has left nothing to do")
 
 
 def databases(*, project: Project, where: Where, format: Form = "table") -> None:
@@ -330,9 +334,10 @@ def databases(*, project: Project, where: Where, format: Form = "table") -> None
         for each in found.found
     )
     print_rows(rows, format)
+    failures = fleet.Causes()
     for server, error in found.failures.items():
-        print(f"the databases of {server} could not be listed: {problem(error)}", file=sys.stderr)
-    raise typer.Exit(1 if found.failures else 0)
+        failures.add(f"the databases of {server} could not be listed", server, error)
+    _exit(failures)
 
 
 def create(
@@ -365,23 +370,30 @@ def drop(
     """Drop databases, each of which is named."""
     opened = project.open()
     if not yes:
-        typer.confirm(f"Drop {', '.join(names)}, and all that is in {'it' if len(names) == 1 else 'them'}?", abort=True)
+        them = "it" if len(names) == 1 else "them"
+        typer.confirm(f"Drop {', '.join(names)}, and all that is in {them}?", abort=True, err=True)
     _print_each(fleet.drop(opened.repo, names, force=force), "dropped", lambda _: "", as_json=as_json)
 
 
 def _print_each(outcomes: Iterable[Outcome[T]], done: str, told: Callable[[T], str], *, as_json: bool) -> None:
-    """A line for each database, as they come. Exits with 1 if any failed."""
-    failed = False
+    """A line for each database, as they come, and what failed on the other output. Exits with 1 if any did."""
+    failures = fleet.Causes()
     for outcome in outcomes:
-        failed = failed or not outcome.ok
+        if outcome.error is not None:
+            _add(failures, outcome)
         if as_json:
-            print_json({"database": outcome.name, "home": outcome.home, "ok": outcome.ok, "error": _error(outcome)})
-        elif outcome.error is not None:
-            print(f"{outcome.name}: {problem(outcome.error)}", file=sys.stderr)
-        else:
+            print_json(facts_of(outcome))
+        elif outcome.ok:
             print(f"{done} {outcome.home} {told(outcome.result())}".rstrip(), flush=True)
-    raise typer.Exit(1 if failed else 0)
+    _exit(failures)
 
 
-def _error(outcome: Outcome[Any]) -> str | None:
-    return None if outcome.error is None else problem(outcome.error)
+def _add(failures: fleet.Causes, outcome: Outcome[Any]) -> None:
+    assert outcome.error is not None
+    failures.add(outcome.name, (outcome.home or outcome.name).partition("/")[0], outcome.error)
+
+
+def _exit(failures: fleet.Causes) -> NoReturn:
+    if failures.count:
+        print(f"{failures.count} failed:", *failures.lines(), sep="\n", file=sys.stderr)
+    raise typer.Exit(1 if failures.count else 0)

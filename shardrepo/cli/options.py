@@ -3,14 +3,14 @@
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ListingError
 from ..fleet import Members, Rollout, Selection, Stage, behind, canary, members
 from ..fleet.journal import read
 from ..fleet.settings import Settings
@@ -49,7 +49,10 @@ class Project:
                 'no repo is configured: write repo = "app.repo:MyRepo" under [tool.shardrepo] in pyproject.toml, set '
                 "SHARDREPO_REPO, or give --repo"
             )
-        return Opened(settings, repo_of(settings.repo), settings.source)
+        repo = repo_of(settings.repo)
+        if settings.script_location is None:
+            settings = replace(settings, script_location=repo._router.databases.config.script_location)
+        return Opened(settings, repo, settings.source)
 
 
 @dataclass(frozen=True)
@@ -99,22 +102,33 @@ class Where:
     def selection(self, opened: Opened) -> Selection:
         """What is selected; one that is to be asked first, by its names."""
         names = [*(self.database or ()), *self._failed(opened), *self._listed()]
-        if (self.failed or self.from_) and not names:
-            raise ConfigError(f"{'run ' + self.failed if self.failed else self.from_} names no database: nothing to do")
         where = Selection(tuple(names), tuple(self.match or ()), tuple(self.server or ()), tuple(self.tag or ()))
-        if not self.behind:
-            return where
-        lacking = behind(opened.repo, members(opened.repo, where), opened.source).found
-        if not lacking:
-            raise ConfigError("none of the selected databases is behind: nothing to do")
-        return Selection(tuple(member.name for member in lacking))
+        return self._behind(opened, where) if self.behind else where
+
+    def _behind(self, opened: Opened, where: Selection) -> Selection:
+        lacking = behind(opened.repo, members(opened.repo, where), opened.source)
+        for server, error in lacking.failures.items():
+            raise ListingError(
+                f"nobody knows which databases of {server} are behind, as they cannot be listed, and nothing was done: "
+                f"{error}. Name the other servers (--server), or leave --behind out",
+                found=(),
+                failures=lacking.failures,
+            )
+        if not lacking.found:
+            _nothing_to_do("none of the selected databases is behind")
+        return Selection(tuple(member.name for member in lacking.found))
 
     def members(self, opened: Opened) -> Members:
         """Those that are selected."""
         return members(opened.repo, self.selection(opened))
 
     def _failed(self, opened: Opened) -> Sequence[str]:
-        return read(opened.settings.journals, self.failed).failed if self.failed else ()
+        if self.failed is None:
+            return ()
+        failed = read(opened.settings.journals, self.failed).failed
+        if not failed:
+            _nothing_to_do(f"no database failed in run {self.failed}")
+        return failed
 
     def _listed(self) -> Sequence[str]:
         if self.from_ is None:
@@ -124,7 +138,15 @@ class Where:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--from {self.from_}: {error}") from error
         lines = (line.split("#")[0].strip() for line in text.splitlines())
-        return [line for line in lines if line]
+        names = [line for line in lines if line]
+        if not names:
+            raise ConfigError(f"--from {self.from_} names no database, a line each: nothing was done")
+        return names
+
+
+def _nothing_to_do(why: str) -> NoReturn:
+    print(f"{why}: nothing to do", file=sys.stderr)
+    raise typer.Exit(0)
 
 
 @dataclass(frozen=True)

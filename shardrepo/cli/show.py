@@ -6,8 +6,9 @@ import csv
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from time import monotonic
 from types import FrameType
 from typing import Any, Final, Literal, TypeAlias
@@ -15,8 +16,10 @@ from typing import Any, Final, Literal, TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..across import Outcome
+from ..errors import ConfigError
 from ..fleet import Control, Failure
 from ..fleet.outcomes import Migration
 from ..fleet.runner import Progress as FleetProgress
@@ -42,29 +45,54 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def print_rows(rows: Iterable[Mapping[str, Any]], form: Format) -> None:
-    """Rows, each a mapping with the same columns: a table at the end; or CSV or JSON, row by row as they come."""
+    """Rows: a table at the end, in which each column of any row has its place; or CSV or JSON, row by row as they come.
+
+    Raises:
+        ConfigError: Rows of CSV have other columns than the first one.
+    """
     if form == "json":
         for row in rows:
             print_json(row)
     elif form == "csv":
-        writer = csv.writer(sys.stdout)
-        for number, row in enumerate(rows):
-            if number == 0:
-                writer.writerow(row)
-            writer.writerow(row.values())
-            sys.stdout.flush()
+        _print_csv(rows)
     elif found := list(rows):
-        table = Table(*found[0])
+        columns = list(dict.fromkeys(column for row in found for column in row))
+        table = Table(*columns)
         for row in found:
-            table.add_row(*("" if value is None else str(value) for value in row.values()))
+            table.add_row(*(_shown(row.get(column)) for column in columns))
         console = Console()
         # Where nobody looks on, no row is broken to fit a terminal that is not there.
         console.print(table, width=None if console.is_terminal else _WIDE)
 
 
-def problem(error: BaseException) -> str:
-    """What went wrong, in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _print_csv(rows: Iterable[Mapping[str, Any]]) -> None:
+    writer = csv.writer(sys.stdout)
+    columns: list[str] = []
+    for row in rows:
+        if not columns:
+            columns = list(row)
+            writer.writerow(columns)
+        if list(row) != columns:
+            raise ConfigError(
+                f"{row['database']} has the columns {', '.join(row)}, and those before have {', '.join(columns)}: name "
+                "the columns that are wanted, or take --format json"
+            )
+        writer.writerow(row.values())
+        sys.stdout.flush()
+
+
+def _shown(value: object) -> Text:
+    # As it is: what stands in brackets is no markup.
+    return Text("" if value is None else str(value))
+
+
+def apart(columns: Sequence[str]) -> list[str]:
+    """Names for *columns*, each another one, and none that of the column with the database."""
+    names = ["database"]
+    for column in columns:
+        again = (name for number in count(2) if (name := f"{column}_{number}") not in names)
+        names.append(column if column not in names else next(again))
+    return names[1:]
 
 
 class Watcher:
@@ -92,7 +120,7 @@ class Watcher:
     def _tell(self, progress: FleetProgress) -> None:
         if self._as_json:
             if progress.outcome is not None:
-                print_json(told(progress.outcome))
+                print_json(facts_of(progress.outcome))
             return
         ended = progress.done + progress.failed
         failed = f"{progress.failed} failed" if progress.failed else ""
@@ -103,7 +131,7 @@ class Watcher:
             print(f"{progress.part}: {ended} of {progress.total} {failed}".rstrip(), file=sys.stderr, flush=True)
 
 
-def told(outcome: Outcome[Migration]) -> dict[str, Any]:
+def facts_of(outcome: Outcome[Any]) -> dict[str, Any]:
     """What became of one database, for JSON."""
     facts: dict[str, Any] = {
         "database": outcome.name,
@@ -111,12 +139,12 @@ def told(outcome: Outcome[Migration]) -> dict[str, Any]:
         "ok": outcome.ok,
         "seconds": round(outcome.seconds, 4),
     }
-    if outcome.value is not None:
+    if isinstance(outcome.value, Migration):
         facts |= {"before": outcome.value.before, "after": outcome.value.after}
         if outcome.value.drift:
             facts["drift"] = outcome.value.drift
-    if isinstance(outcome.error, Failure):
-        facts["error"] = outcome.error.as_dict()
+    if outcome.error is not None:
+        facts["error"] = Failure.of(outcome.error).as_dict()
     return facts
 
 

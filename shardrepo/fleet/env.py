@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from alembic import context
@@ -22,11 +22,12 @@ from alembic.util import CommandError
 from sqlalchemy import MetaData
 from sqlalchemy.engine import Connection
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ShardRepoError
 from .lock import take
 from .members import Selection, members
 
 if TYPE_CHECKING:
+    from ..database import Database
     from ..databases import Databases
     from ..repo import Repo
 
@@ -109,17 +110,23 @@ def _checked(repo: type[Repo], options: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _alone(repo: type[Repo]) -> Iterator[Connection]:
     """A connection to the database that ``-x database=`` names, else to the default one; with its lock."""
-    databases = repo._router.databases
+    with ExitStack() as stack:
+        # As an error of its own, Alembic says it in a line, and shows no traceback.
+        try:
+            connection = stack.enter_context(repo._router.databases.cache.transient(_meant(repo)))
+            if _changes_the_schema():
+                take(connection, "alembic", _LOCK_TIMEOUT, _PATIENCE, lambda: None)
+        except ShardRepoError as error:
+            raise CommandError(str(error)) from error
+        yield connection
+
+
+def _meant(repo: type[Repo]) -> Database:
     name = context.get_x_argument(as_dictionary=True).get("database")
     if name is None:
-        database = databases.resolve(None)
-    else:
-        (member,) = members(repo, Selection(names=(str(name),))).found
-        database = member.database
-    with databases.cache.transient(database) as connection:
-        if _changes_the_schema():
-            take(connection, "alembic", _LOCK_TIMEOUT, _PATIENCE, lambda: None)
-        yield connection
+        return repo._router.databases.resolve(None)
+    (member,) = members(repo, Selection(names=(str(name),))).found
+    return member.database
 
 
 def _changes_the_schema() -> bool:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..across import Outcome, Outcomes, Target, fan_out
 from ..catalog import Blueprint
-from ..database import DEFAULT_PORT, Choice, Database, checked
-from ..directory import Servers
-from ..errors import ConfigError, ReadOnlyError, UnknownDatabaseError
+from ..database import Choice, Database, checked, checked_name
+from ..directory import Location, Servers
+from ..errors import ConfigError, ListingError, ReadOnlyError, UnknownDatabaseError
 from ..scripts import Revisions, Scripts, Source
 from .members import Selection, members
 from .outcomes import Failure
@@ -53,30 +53,31 @@ def create(
     """Make databases with the schema at head; what became of each, as they are ready.
 
     Copies of the server's ``template_database``, if the repo's config names one, which is itself made if it is missing
-    and brought to head first; else each is made empty and migrated. One that fails is removed again.
+    and brought to head first; else each is made empty and migrated. One that fails is removed again; one that was there
+    before is left as it is, and is a failure.
 
     Args:
         repo: The repo whose databases they will be.
         names: What they are called.
         server: Where, as ``host`` or ``host:port``. Without it, where the directory has the name already, else on the
-            default's server, if there is no directory or it knows no other.
+            only server of the directory, else, if there is no directory, on the default's.
         owner: The role that they are to belong to; the user if not given.
         source: The scripts; those that the repo's config names if not given.
         per_server: How many at a time on one server.
 
     Raises:
-        ConfigError: A name is impossible, or nobody knows on which server it is to be.
+        ConfigError: A name is impossible or taken on another server, or nobody knows on which server it is to be.
+            Nothing was made.
     """
     databases = repo._router.databases
     if databases.config.read_only:
         raise ReadOnlyError(f"create writes, and {repo.__name__}'s config says read_only=True: use another repo")
     makers: dict[str, Maker] = {}
     targets = []
-    for name in dict.fromkeys(names):
-        database = place(databases, name, server)
+    for database in places(databases, list(dict.fromkeys(names)), server):
         if database.server not in makers:
             makers[database.server] = Maker(repo, source or source_of(repo), database, owner)
-        targets.append(Target(name, database))
+        targets.append(Target(database.name, database))
 
     def make(target: Target) -> Made:
         return makers[target.database.server].make(target.database)
@@ -122,36 +123,46 @@ class Maker:
         """Make the template if there is none, and bring it to head.
 
         Raises:
-            Failure: It is at a revision of which there is no script.
+            Failure: It could not be, or it is at a revision of which there is no script.
         """
         template = self._template
         if template is None:
             return
-        router = self._repo._router
-        if not router.database_exists(template):
-            self._build(template)
+        try:
+            self._make_ready(template)
+        except Exception as error:
+            failure = Failure.of(error)
+            raise Failure(
+                f"the template {template.home} could not be brought to head: {failure}",
+                kind=failure.kind,
+                sqlstate=failure.sqlstate,
+                revision=failure.revision,
+                blockers=failure.blockers,
+            ) from error
+
+    def _make_ready(self, template: Database) -> None:
+        if self._build(template, if_not_exists=True) is not None:
             return
-        (outcome,) = sweep(router.databases, [Target(template.name, template)])
+        (outcome,) = sweep(self._repo._router.databases, [Target(template.name, template)])
         verdict = Judge(self._scripts, "upgrade", "heads").judge(outcome.result())
-        if verdict.problem is not None or verdict.standing == "ahead":
-            raise Failure(f"nothing can be copied from {template.home}: {verdict.problem}", kind="revision")
+        if verdict.problem is not None:
+            raise Failure(verdict.problem, kind="revision")
         if verdict.target is not None:
             self._migrate(template)
 
     def make(self, database: Database) -> Made:
         """Make *database*; nothing is left of it if that fails."""
-        router = self._repo._router
         if self._template is None:
-            revisions = self._build(database)
-        else:
-            blueprint = Blueprint(self._template.name, owner=self._owner)
-            router.create_database(database, blueprint, if_not_exists=False)
-            revisions = self._scripts.heads
-        return Made(None if self._template is None else self._template.name, revisions)
+            return Made(None, self._build(database) or ())
+        blueprint = Blueprint(self._template.name, owner=self._owner)
+        self._repo._router.create_database(database, blueprint, if_not_exists=False)
+        return Made(self._template.name, self._scripts.heads)
 
-    def _build(self, database: Database) -> Revisions:
+    def _build(self, database: Database, *, if_not_exists: bool = False) -> Revisions | None:
+        """Make it empty and migrate it; None if it was there, and might be, which is then left as it is."""
         router = self._repo._router
-        router.create_database(database, Blueprint(owner=self._owner), if_not_exists=False)
+        if not router.create_database(database, Blueprint(owner=self._owner), if_not_exists=if_not_exists):
+            return None
         try:
             return self._migrate(database)
         except BaseException as error:
@@ -166,18 +177,73 @@ class Maker:
         return migrate(self._repo, database, self._manner, task).after
 
 
-def place(databases: Databases, name: str, server: str | None) -> Database:
-    """Where a database that is to be made will be.
+def places(databases: Databases, names: Sequence[str], server: str | None) -> list[Database]:
+    """Where databases that are to be made will be.
 
     Raises:
-        ConfigError: Nobody knows: no server is named, and the directory has several, or another than the default.
+        ConfigError: Nobody knows: no server is named, and the directory has several; or one of them is somewhere else.
     """
-    if server is not None:
-        return _on(databases, _options_of(databases, server), name)
+    known = _known(databases, names)
+    return [_place(databases, name, server, known.get(name)) for name in names]
+
+
+def _place(databases: Databases, name: str, server: str | None, known: Database | None) -> Database:
+    if known is not None and server is None:
+        return known
+    database = _on_only(databases, name) if server is None else _on_named(databases, server, name)
+    if known is not None and known.server != database.server:
+        raise ConfigError(
+            f"{name!r} is on {known.server} already, and nobody could tell it from one on {database.server}: nothing "
+            "was made. Choose another name"
+        )
+    return database
+
+
+def place_anywhere(databases: Databases, name: str) -> Database:
+    """Where a database may be that nobody is to find: on the default's server, or the directory's first."""
+    servers = _servers(databases)
+    return _on(databases, {} if "host" in databases.config.address or not servers else servers[0], name)
+
+
+def _known(databases: Databases, names: Iterable[str]) -> Mapping[str, Database]:
+    """Those of *names* of which the directory knows where they are, or are to be."""
+    if databases.whereabouts is None:
+        return {}
+    try:
+        listed: Iterable[Location] = databases.listed()
+    except ListingError as error:
+        listed = error.found
+    except ConfigError:  # it lists nothing, and has to be asked one by one
+        listed = filter(None, (_found(databases, name) for name in names))
+    return {location.name: databases.tended(location) for location in listed if location.name in names}
+
+
+def _found(databases: Databases, name: str) -> Location | None:
+    with suppress(UnknownDatabaseError):
+        return databases.location(name)
+    return None
+
+
+def _on_named(databases: Databases, server: str, name: str) -> Database:
+    """On *server*, ``host`` or ``host:port``: one of the directory's, with what it says of that, if it has servers."""
+    there = [_on(databases, options, name) for options in _servers(databases)]
+    if not there:
+        host, colon, port = server.rpartition(":")
+        options = {"host": host.strip("[]"), "port": int(port)} if colon and port.isdecimal() else {"host": server}
+        return _on(databases, dict(checked(options)), name)
+    meant = [each for each in there if Selection(servers=(server.lower(),)).reaches(each.server)]
+    if len(meant) != 1:
+        raise ConfigError(
+            f"{server!r} is {len(meant) or 'none'} of the directory's servers, and {name!r} can be made on one: name "
+            f"one of {', '.join(each.server for each in meant or there)}"
+        )
+    return meant[0]
+
+
+def _on_only(databases: Databases, name: str) -> Database:
+    """On the server that is the only one."""
     if databases.whereabouts is None:
         return _on(databases, {}, name)
-    with suppress(UnknownDatabaseError):
-        return databases.tended(databases.location(name))
     servers = _servers(databases)
     if len(servers) == 1:
         return _on(databases, servers[0], name)
@@ -187,31 +253,15 @@ def place(databases: Databases, name: str, server: str | None) -> Database:
     )
 
 
-def place_anywhere(databases: Databases, name: str) -> Database:
-    """Where a database may be that nobody is to find: on the default's server, or the directory's first."""
-    servers = _servers(databases)
-    return _on(databases, {} if "host" in databases.config.address or not servers else servers[0], name)
-
-
 def _on(databases: Databases, options: Mapping[str, Any], name: str) -> Database:
-    return databases.config.locate(Choice(checked({**options, "database": name})))
+    return databases.config.locate(
+        Choice(tuple(sorted({**options, "database": checked_name("database", name)}.items())))
+    )
 
 
 def _servers(databases: Databases) -> Sequence[Mapping[str, Any]]:
     directory = databases.directory
     return directory.servers if isinstance(directory, Servers) else ()
-
-
-def _options_of(databases: Databases, server: str) -> Mapping[str, Any]:
-    """The options of *server*, ``host`` or ``host:port``: as the directory has them, with its user, if it does."""
-    host, colon, port = server.rpartition(":")
-    if not colon or not port.isdecimal():
-        host, port = server, ""
-    host = host.strip("[]").lower()
-    for options in _servers(databases):
-        if options["host"] == host and (not port or options.get("port", DEFAULT_PORT) == int(port)):
-            return options
-    return {"host": host, **({"port": int(port)} if port else {})}
 
 
 def drop(

@@ -42,7 +42,7 @@ class Failure(ShardRepoError):
 
     @classmethod
     def of(cls, error: BaseException, *, revision: str | None = None, blockers: Iterable[str] = ()) -> Self | Failure:
-        """What *error* says, without what cannot be pickled; a failure stays as it is.
+        """What *error* and its notes say, without what cannot be pickled; a failure stays as it is.
 
         Of a statement that failed it is what the driver says, without the statement and its parameters.
         """
@@ -53,8 +53,10 @@ class Failure(ShardRepoError):
         if isinstance(error, DBAPIError) and not isinstance(error, ConnectError):
             told = error.orig or error
         kind = type(error if isinstance(error, ShardRepoError) else told).__name__
+        # Which database it was is told beside it.
+        notes = [note for note in getattr(error, "__notes__", ()) if not note.startswith("database: ")]
         return cls(
-            line(told, _MAX_MESSAGE) or kind,
+            "; ".join([line(told, _MAX_MESSAGE) or kind, *notes]),
             kind=kind,
             sqlstate=_sqlstate(error),
             revision=revision,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -88,8 +91,9 @@ def revision(
     source: Source | None = None,
     x: Sequence[str] = (),
     **options: Any,
-) -> Path:
-    """Write a new revision's script; returns where.
+) -> list[Path]:
+    """Write a new revision's script; returns where: one, unless env.py's ``process_revision_directives`` leaves none,
+    or several. Where ruff is installed, it lays the script out, by the project's settings.
 
     With *autogenerate* it has what the models have and the database has not. That is a database of its own, made for
     this, brought to head and dropped again: so it is the revisions so far that the models are compared with, and no
@@ -115,18 +119,26 @@ def revision(
     config.cmd_opts = Namespace(quiet=True, x=list(x))
     try:
         if not autogenerate:
-            script = command.revision(config, message, **options)
+            found = command.revision(config, message, **options)
         else:
             with _compared(repo, source, database, x) as connection, alembic_in_use:
                 config.attributes[HANDED] = Handed(repo._router.databases, connection)
-                script = command.revision(config, message, autogenerate=True, **options)
+                found = command.revision(config, message, autogenerate=True, **options)
     except CommandError as error:
         raise ConfigError(f"no revision was written: {error}") from error
     finally:
         forget()
-    if not isinstance(script, Script):
-        raise ConfigError("no revision was written: env.py's process_revision_directives has left none, or several")
-    return Path(script.path)
+    scripts = found if isinstance(found, list) else [found]
+    paths = [Path(script.path) for script in scripts if script is not None]
+    for path in paths:
+        _lay_out(path)
+    return paths
+
+
+def _lay_out(path: Path) -> None:
+    if find_spec("ruff") is not None:
+        command = [sys.executable, "-m", "ruff", "format", "--quiet", str(path)]
+        subprocess.run(command, check=False)  # noqa: S603  # our own
 
 
 @contextmanager

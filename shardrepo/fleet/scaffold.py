@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import MetaData
 
@@ -15,26 +16,30 @@ from .worker import object_of, repo_of
 
 _ENV: Final = Template('''"""Run by Alembic, and by `shardrepo` in every database."""
 
-$imports
 from shardrepo.fleet import env
+
+$imports
 
 env.run($repo, $metadata)
 ''')
 
+# As formatters and linters have it, but for what Alembic puts into the two functions.
 _SCRIPT: Final = '''"""${message}
 
 Revision ID: ${up_revision}
-Revises: ${down_revision | comma,n}
+Revises: ${", ".join(down_revision) if isinstance(down_revision, tuple) else down_revision or "<base>"}
 """
 
-import sqlalchemy as sa
-from alembic import op
-${imports if imports else ""}
+import sqlalchemy as sa${"" if "sa." in f"{upgrades}{downgrades}" else "  # noqa: F401"}
+from alembic import op${"" if "op." in f"{upgrades}{downgrades}" else "  # noqa: F401"}
+% if imports:
+${imports}
+% endif
 
-revision = ${repr(up_revision)}
-down_revision = ${repr(down_revision)}
-branch_labels = ${repr(branch_labels)}
-depends_on = ${repr(depends_on)}
+revision = ${repr(up_revision).replace("'", '"')}
+down_revision = ${repr(down_revision).replace("'", '"')}
+branch_labels = ${repr(branch_labels).replace("'", '"')}
+depends_on = ${repr(depends_on).replace("'", '"')}
 
 
 def upgrade() -> None:
@@ -62,6 +67,8 @@ prepend_sys_path = ["."]
 def init(root: Path, repo: str, models: str) -> list[Path]:
     """Write ``migrations/`` and the sections of ``pyproject.toml`` into *root*; returns what was written.
 
+    What is in ``pyproject.toml`` already stays as it is, byte for byte; the sections are put after it.
+
     Args:
         root: The project's folder.
         repo: Its repo, as ``module:Class``.
@@ -73,24 +80,54 @@ def init(root: Path, repo: str, models: str) -> list[Path]:
     repo_of(repo)
     metadata = _metadata_of(models)
     folder, project = root / "migrations", root / PROJECT
-    before = project.read_text(encoding="utf-8") if project.is_file() else ""
-    tools = tomllib.loads(before).get("tool", {})
+    before = _read(project)
+    tools = _tools(project, before)
     there = [str(path) for path in (folder / "env.py", folder / "script.py.mako") if path.exists()]
     there += [f"[tool.shardrepo] in {project}"] if "shardrepo" in tools else []
     if there:
         raise ConfigError(
-            f"{' and '.join(there)} is there already: nothing was written over; take it away, or go on with it"
+            f"{' and '.join(there)} {'is' if len(there) == 1 else 'are'} there already: nothing was written"
         )
-    (folder / "versions").mkdir(parents=True, exist_ok=True)
     sections = _PROJECT.substitute(repo=repo) + ("" if "alembic" in tools else _ALEMBIC)
     files = {
         folder / "env.py": _ENV.substitute(imports=_imports(repo, models), repo=_name(repo), metadata=metadata),
         folder / "script.py.mako": _SCRIPT,
-        project: f"{before.rstrip()}\n{sections}" if before.strip() else sections.lstrip(),
+        project: sections if before else sections.lstrip(),
     }
-    for path, text in files.items():
-        path.write_text(text, encoding="utf-8")
+    _write(folder, files)
     return list(files)
+
+
+def _write(folder: Path, files: Mapping[Path, str]) -> None:
+    """Write *files*, of which the last is there already, perhaps; or none of them."""
+    written: list[Path] = []
+    try:
+        (folder / "versions").mkdir(parents=True, exist_ok=True)
+        for path, text in files.items():
+            with path.open("ab") as file:
+                file.write(text.encode())
+            written.append(path)
+    except OSError as error:
+        for path in written:
+            path.unlink()
+        raise ConfigError(f"{error.filename} cannot be written: {error.strerror}; nothing was") from error
+
+
+def _read(project: Path) -> bytes:
+    try:
+        return project.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise ConfigError(f"{project} cannot be read: {error.strerror}; nothing was written") from error
+
+
+def _tools(project: Path, text: bytes) -> dict[str, Any]:
+    try:
+        tools: dict[str, Any] = tomllib.loads(text.decode()).get("tool", {})
+    except ValueError as error:
+        raise ConfigError(f"{project} is no TOML, and nothing was written: {error}") from error
+    return tools
 
 
 def _imports(*paths: str) -> str:
