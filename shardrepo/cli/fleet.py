@@ -8,14 +8,15 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 from .. import fleet
-from ..across import Outcome
+from ..across import Outcome, Outcomes
 from ..errors import ConfigError, FleetError
 from ..fleet import Control, Operation, Report, Work
 from ..fleet.crew import executor_of
 from ..fleet.looking import said
+from ..fleet.making import ended_early
 from ..fleet.scaffold import init as write_project
 from .options import How, Opened, Project, Where, expanded
-from .show import Format, Watcher, apart, facts_of, interrupts, print_json, print_lines, print_rows
+from .show import Format, Watcher, apart, facts_of, interrupts, is_agreed, print_json, print_lines, print_rows
 
 T = TypeVar("T")
 
@@ -369,22 +370,23 @@ def drop(
 ) -> None:
     """Drop databases, each of which is named."""
     opened = project.open()
-    if not yes:
-        them = "it" if len(names) == 1 else "them"
-        typer.confirm(f"Drop {', '.join(names)}, and all that is in {them}?", abort=True, err=True)
+    if not yes and not is_agreed(f"Drop {', '.join(names)}, and all that is in {'it' if len(names) == 1 else 'them'}?"):
+        print("nothing was dropped", file=sys.stderr)
+        raise typer.Exit(1)
     _print_each(fleet.drop(opened.repo, names, force=force), "dropped", lambda _: "", as_json=as_json)
 
 
-def _print_each(outcomes: Iterable[Outcome[T]], done: str, told: Callable[[T], str], *, as_json: bool) -> None:
+def _print_each(outcomes: Outcomes[T], done: str, told: Callable[[T], str], *, as_json: bool) -> None:
     """A line for each database, as they come, and what failed on the other output. Exits with 1 if any did."""
     failures = fleet.Causes()
-    for outcome in outcomes:
-        if outcome.error is not None:
-            _add(failures, outcome)
-        if as_json:
-            print_json(facts_of(outcome))
-        elif outcome.ok:
-            print(f"{done} {outcome.home} {told(outcome.result())}".rstrip(), flush=True)
+    with ended_early(outcomes):
+        for outcome in outcomes:
+            if outcome.error is not None:
+                _add(failures, outcome)
+            if as_json:
+                print_json(facts_of(outcome))
+            elif outcome.ok:
+                print(f"{done} {outcome.home} {told(outcome.result())}".rstrip(), flush=True)
     _exit(failures)
 
 

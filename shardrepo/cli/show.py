@@ -95,6 +95,12 @@ def apart(columns: Sequence[str]) -> list[str]:
     return names[1:]
 
 
+def is_agreed(question: str) -> bool:
+    """Ask somebody, on the output that no program reads; nobody there is a no."""
+    print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 class Watcher:
     """Shows how far a migration is: a bar on a terminal, else a line every ten seconds; or every outcome, as JSON."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from ..database import Choice, Database, checked, checked_name
 from ..directory import Location, Servers
 from ..errors import ConfigError, ListingError, ReadOnlyError, UnknownDatabaseError
 from ..scripts import Revisions, Scripts, Source
+from . import worker
 from .members import Selection, members
 from .outcomes import Failure
 from .plan import Judge, Task
@@ -83,6 +84,19 @@ def create(
         return makers[target.database.server].make(target.database)
 
     return fan_out(_with_templates(makers, targets), make, per_server=per_server)
+
+
+@contextmanager
+def ended_early(outcomes: Outcomes[Any]) -> Iterator[None]:
+    """Have Ctrl-C in the block end what is being made, between two statements: it is removed again. Nothing runs when
+    the block is left. For a program that ends then.
+    """
+    with outcomes:
+        try:
+            yield
+        except KeyboardInterrupt:
+            worker.is_stopped = lambda: True
+            raise
 
 
 def _with_templates(makers: Mapping[str, Maker], targets: Sequence[Target]) -> list[Target | Outcome[Made]]:

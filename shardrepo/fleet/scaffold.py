@@ -30,8 +30,8 @@ Revision ID: ${up_revision}
 Revises: ${", ".join(down_revision) if isinstance(down_revision, tuple) else down_revision or "<base>"}
 """
 
-import sqlalchemy as sa${"" if "sa." in f"{upgrades}{downgrades}" else "  # noqa: F401"}
-from alembic import op${"" if "op." in f"{upgrades}{downgrades}" else "  # noqa: F401"}
+import sqlalchemy as sa${"" if "sa." in (upgrades or "") + (downgrades or "") else "  # noqa: F401"}
+from alembic import op${"" if "op." in (upgrades or "") + (downgrades or "") else "  # noqa: F401"}
 % if imports:
 ${imports}
 % endif

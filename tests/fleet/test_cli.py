@@ -1,0 +1,573 @@
+"""The command, run as its users run it: what it prints where, what it exits with, and what it has done then."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardrepo.testing.servers import Servers
+
+from ..conftest import await_
+from .conftest import Project
+
+MORE = 'op.add_column("users", sa.Column("age", sa.Integer()))'
+SELECTED: list[tuple[list[str], list[int]]] = [
+    ([], [0, 1, 2, 3, 4, 5]),
+    (["-d", "{0}", "-d", "{4}"], [0, 4]),
+    (["--match", "*3", "--match", "*5"], [3, 5]),
+    (["--server", "{server}"], [0, 3]),
+    (["--server", "{server}", "--match", "*3"], [3]),
+    (["--from", "names.txt"], [1, 2]),
+    (["--from", "-"], [5]),
+]
+
+
+@pytest.fixture
+def configured(project: Project) -> Project:
+    """The project with its pyproject.toml."""
+    project.configure()
+    return project
+
+
+def lines_of_json(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_fleet_is_brought_to_head_and_back(configured: Project) -> None:
+    """Upgrade, status, current, stamp and downgrade say in a few lines what they find and do."""
+    before = configured.run("status")
+    assert (before.returncode, before.stderr) == (1, "")
+    assert before.stdout.splitlines()[:2] == ["6 databases, 6 behind; 0001 is meant", "       6  base"]
+    upgraded = configured.run("upgrade")
+    assert (upgraded.returncode, upgraded.stderr) == (0, "")
+    assert upgraded.stdout.startswith("upgrade head: 6 changed, in ")
+    assert configured.revisions() == {name: ["0001"] for name in configured.names}
+    after = configured.run("status")
+    assert (after.returncode, after.stdout) == (0, "6 databases, 6 at; 0001 is meant\n       6  0001\n")
+    current = configured.run("current", "--format", "csv")
+    assert sorted(csv.reader(current.stdout.splitlines()[1:])) == [[name, "0001"] for name in configured.names]
+    assert configured.run("downgrade", "base", "-d", configured.names[0]).returncode == 0
+    assert configured.run("stamp", "head").returncode == 0
+    assert configured.revisions() == {name: ["0001"] for name in configured.names}
+    assert configured.sql(configured.names[0], "SELECT to_regclass('users') IS NULL") == [(True,)]
+
+
+def test_json_is_alone_on_the_standard_output(configured: Project) -> None:
+    """Each line of --json can be parsed by itself: an outcome for every database, and the report."""
+    done = configured.run("upgrade", "--json")
+    *outcomes, last = lines_of_json(done)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(each["database"] for each in outcomes) == configured.names
+    assert {each["home"] for each in outcomes} == {configured.home(name) for name in configured.names}
+    assert all(each["ok"] and each["after"] == ["0001"] for each in outcomes)
+    assert (last["report"]["changed"], last["report"]["exit_code"]) == (6, 0)
+    for command in (["status"], ["history"], ["heads"], ["upgrade", "--plan"], ["check"]):
+        assert lines_of_json(configured.run(*command, "--json"))
+
+
+def test_a_plan_does_nothing(configured: Project) -> None:
+    """With --plan, the stages are shown, with what may fail in each, and no database is touched."""
+    done = configured.run("upgrade", "--plan", "--canary", "1", "--then", "50%", "--max-failures", "1")
+    first = configured.names[0]
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[:2] == [
+        "upgrade head: 6 databases to do; they are 6 behind",
+        f"  stage 1: 1 ({first}), 0 may fail",
+    ]
+    assert [line.split(" (")[0] for line in done.stdout.splitlines()[2:]] == ["  stage 2: 3", "  stage 3: 2"]
+    assert not any(configured.revisions().values())
+    assert not (configured.root / ".shardrepo").exists()
+
+
+def test_a_canary_that_fails_ends_it(configured: Project) -> None:
+    """Nothing is begun after it, the exit code is 3, and the command that is printed goes on where it was."""
+    for name in configured.names:
+        configured.sql(name, "CREATE TABLE users (id int)")
+    done = configured.run("upgrade", "--canary", "1", "--then", "rest")
+    assert done.returncode == 3
+    assert "1 failed, 5 not begun" in done.stdout
+    assert 'relation "users" already exists' in done.stdout
+    assert not any(configured.revisions().values())
+    (printed,) = [line for line in done.stdout.splitlines() if line.startswith("go on:")]
+    for name in configured.names:
+        configured.sql(name, "DROP TABLE users")
+    resumed = configured.run(*printed.split()[3:])
+    assert resumed.returncode == 0
+    assert configured.revisions() == {name: ["0001"] for name in configured.names}
+
+
+def test_the_budget_ends_it_too(configured: Project) -> None:
+    """When more fail than --max-failures, the exit code is 3; the setting in the environment holds without a flag."""
+    for name in configured.names:
+        configured.sql(name, "CREATE TABLE users (id int)")
+    assert configured.run("upgrade", "--max-failures", "1", "-j", "1").returncode == 3
+    assert configured.run("upgrade", "-j", "1", SHARDREPO_MAX_FAILURES="0").returncode == 3
+    assert configured.run("upgrade", SHARDREPO_MAX_FAILURES="0", SHARDREPO_STAGES="1,rest").returncode == 3
+    assert configured.run("upgrade", "--max-failures", "6", SHARDREPO_MAX_FAILURES="0").returncode == 1
+
+
+def test_one_that_fails_can_be_tried_again_by_itself(configured: Project) -> None:
+    """The others are done; the failure is told with its cause; the printed command retries that one, and then none."""
+    broken = configured.names[2]
+    configured.sql(broken, "CREATE TABLE users (id int)")
+    done = configured.run("upgrade")
+    assert done.returncode == 1
+    assert "5 changed, 1 failed" in done.stdout
+    assert (
+        f'1 x DuplicateTable (42P07) in revision 0001: relation "users" already exists\n      {broken}' in done.stdout
+    )
+    (printed,) = [line for line in done.stdout.splitlines() if line.startswith("retry:")]
+    configured.sql(broken, "DROP TABLE users")
+    again = configured.run(*printed.split()[2:])
+    assert (again.returncode, again.stdout.split(",")[0]) == (0, "upgrade head: 1 changed")
+    nothing = configured.run("upgrade", "--failed", "last")
+    assert (nothing.returncode, nothing.stdout) == (0, "")
+    assert nothing.stderr == "no database failed in run last: nothing to do\n"
+
+
+def test_breadth_first(configured: Project) -> None:
+    """With --breadth, one revision is a part of its own, over all databases, before the next one."""
+    configured.revise("0002", "0001", MORE)
+    plan = configured.run("upgrade", "--breadth", "--plan")
+    assert [line.split(":")[0].strip() for line in plan.stdout.splitlines()[1:]] == ["0001, stage 1", "0002, stage 1"]
+    assert configured.run("upgrade", "--breadth").returncode == 0
+    assert configured.revisions() == {name: ["0002"] for name in configured.names}
+
+
+def test_what_differs_from_the_models_is_shown(configured: Project) -> None:
+    """The check exits with 1 and names the operation that is missing; it keeps no journal."""
+    configured.run("upgrade")
+    assert configured.run("check").returncode == 0
+    changed = configured.names[1]
+    configured.sql(changed, "ALTER TABLE users DROP COLUMN name")
+    done = configured.run("check")
+    assert done.returncode == 1
+    assert f"{changed} differs from the models: op.add_column('users'" in done.stdout
+    assert len(list((configured.root / ".shardrepo").iterdir())) == 1
+
+
+def test_sql_is_written_for_each_revision_that_databases_are_at(configured: Project) -> None:
+    """With --sql nothing is run: it is written once for each, or for the range that is named, asking no database."""
+    configured.run("upgrade", "-d", configured.names[0])
+    configured.revise("0002", "0001", MORE)
+    done = configured.run("upgrade", "--sql")
+    assert done.returncode == 0
+    assert f"-- 1 databases at 0001: {configured.names[0]}\n" in done.stdout
+    assert "-- 5 databases at base: " in done.stdout
+    assert (done.stdout.count("CREATE TABLE users"), done.stdout.count("ADD COLUMN age")) == (1, 2)
+    ranged = configured.run("upgrade", "--sql", "0001:0002")
+    assert (ranged.stdout.count("CREATE TABLE users"), ranged.stdout.count("ADD COLUMN age")) == (0, 1)
+    assert configured.run("downgrade", "--sql", "0001:base").stdout.count("DROP TABLE users") == 1
+    assert configured.revisions() == {
+        name: ["0001"] if name == configured.names[0] else [] for name in configured.names
+    }
+
+
+@pytest.mark.parametrize(("flags", "selected"), SELECTED, ids=lambda given: " ".join(map(str, given)) or "all")
+def test_databases_are_selected(configured: Project, flags: list[str], selected: list[int]) -> None:
+    """By name, pattern, server, a file of names or the standard input; each further kind of flag narrows it down."""
+    names, server = configured.names, configured.servers[0]
+    (configured.root / "names.txt").write_text(f"{names[2]}\n\n# not this one\n  {names[1]} # this one\n")
+    given = [flag.format(*names, server=f"{server.host}:{server.port}") for flag in flags]
+    done = configured.run("databases", *given, "--format", "csv", stdin=f"{names[5]}\n")
+    rows = list(csv.DictReader(done.stdout.splitlines()))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(row["database"] for row in rows) == [names[number] for number in selected]
+    assert all(row["server"].endswith(str(configured.where[row["database"]].port)) for row in rows)
+
+
+def test_databases_are_selected_by_tag(make_project: Callable[..., Project]) -> None:
+    """With every tag that is named; a tag that none has is an error, with the one that was probably meant."""
+    project = make_project(
+        directory={"one": {"host": "db01", "tags": "paid eu"}, "two": {"host": "db01", "tags": "paid"}, "six": "db02"}
+    )
+    project.configure()
+    assert [
+        row["database"] for row in lines_of_json(project.run("databases", "--tag", "paid", "--format", "json"))
+    ] == [
+        "one",
+        "two",
+    ]
+    assert "one" in project.run("databases", "--tag", "paid", "--tag", "eu").stdout
+    wrong = project.run("databases", "--tag", "payed")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "did you mean 'paid'?" in wrong.stderr
+
+
+def test_those_behind_are_selected(configured: Project) -> None:
+    """With --behind, those that lack revisions; with none of them there is nothing to do, which is no failure."""
+    configured.run("upgrade", "--match", "*[0-3]")
+    done = configured.run("databases", "--behind", "--format", "csv")
+    assert sorted(line.split(",")[0] for line in done.stdout.splitlines()[1:]) == configured.names[4:]
+    assert configured.run("upgrade", "--behind").returncode == 0
+    nothing = configured.run("upgrade", "--behind")
+    assert (nothing.returncode, nothing.stdout) == (0, "")
+    assert nothing.stderr == "none of the selected databases is behind: nothing to do\n"
+
+
+def test_sql_is_run_in_every_database(configured: Project) -> None:
+    """Rows come with the name of their database, as a table, CSV or JSON; columns of one name are told apart."""
+    query = "SELECT 1 AS n, '[b] 10%'::text AS n, current_database() AS database"
+    table = configured.run("exec", query)
+    assert (table.returncode, table.stderr) == (0, "")
+    assert all(name in table.stdout for name in ["database", "n_2", "[b] 10%", *configured.names])
+    rows = list(csv.DictReader(configured.run("exec", query, "--format", "csv").stdout.splitlines()))
+    assert sorted(row["database"] for row in rows) == configured.names
+    assert all(row["database_2"] == row["database"] and (row["n"], row["n_2"]) == ("1", "[b] 10%") for row in rows)
+    assert sorted(row["database"] for row in lines_of_json(configured.run("exec", query, "--format", "json"))) == (
+        configured.names
+    )
+
+
+def test_sql_may_only_read_unless_it_is_told_otherwise(configured: Project) -> None:
+    """What writes fails in every database, once in the report; with --write it is committed in each."""
+    refused = configured.run("exec", "CREATE TABLE made ()")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.splitlines()[:2] == [
+        "6 failed:",
+        "  6 x ReadOnlySqlTransaction (25006): cannot execute CREATE TABLE in a read-only transaction",
+    ]
+    assert configured.run("exec", "--write", "CREATE TABLE made ()").returncode == 0
+    assert configured.run("exec", "--write", "VACUUM made").returncode == 0
+    assert all(configured.sql(name, "SELECT count(*) FROM made") == [(0,)] for name in configured.names)
+
+
+def test_one_failure_hides_no_other_databases_rows(configured: Project) -> None:
+    """Those rows are on the standard output, the failure is on the other, and the exit code is 1."""
+    configured.run("upgrade", "-d", configured.names[0])
+    done = configured.run("exec", "SELECT count(*) FROM users", "--format", "json")
+    assert done.returncode == 1
+    assert lines_of_json(done) == [{"database": configured.names[0], "count": 0}]
+    assert '5 x UndefinedTable (42P01): relation "users" does not exist' in done.stderr
+
+
+def test_csv_never_puts_a_value_under_another_columns_name(configured: Project) -> None:
+    """Rows of a database with other columns are refused in CSV; a table has a place for each column."""
+    first, second = configured.names[:2]
+    configured.sql(first, "CREATE TABLE t AS SELECT 1 AS a, 2 AS b")
+    configured.sql(second, "CREATE TABLE t AS SELECT 3 AS b")
+    only = ("-d", first, "-d", second)
+    refused = configured.run("exec", "SELECT * FROM t", *only, "--format", "csv")
+    assert refused.returncode == 2
+    assert "name the columns that are wanted" in refused.stderr
+    assert configured.run("exec", "SELECT * FROM t", *only).returncode == 0
+
+
+def test_every_database_is_pinged(configured: Project) -> None:
+    """With the seconds that each took to answer."""
+    rows = lines_of_json(configured.run("ping", "--format", "json"))
+    assert sorted(row["database"] for row in rows) == configured.names
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_revisions_are_listed(configured: Project) -> None:
+    """The newest first, each with what it follows; those that nothing follows are the heads."""
+    configured.revise("0002", "0001")
+    configured.revise("0003", "0001")
+    history = configured.run("history").stdout.splitlines()
+    assert history[-1] == "<base> -> 0001, revision 0001"
+    assert sorted(history[:2]) == ["0001 -> 0002 (head), revision 0002", "0001 -> 0003 (head), revision 0003"]
+    heads = lines_of_json(configured.run("heads", "--json"))
+    assert sorted(each["revision"] for each in heads) == ["0002", "0003"]
+
+
+def test_databases_are_made_and_dropped(configured: Project) -> None:
+    """Each is told as it is there or gone; one that exists fails alone; a drop asks, and does nothing without a yes."""
+    name, server = f"{configured.prefix}made", configured.servers[1]
+    on = ("--server", f"{server.host}:{server.port}")
+    made = configured.run("create", name, configured.names[1], *on)
+    assert made.returncode == 1
+    assert made.stdout == f"made {server.host}:{server.port}/{name} at 0001\n"
+    assert f'database "{configured.names[1]}" already exists' in made.stderr
+    assert configured.run("current", "-d", name, "--format", "csv").stdout.splitlines()[1] == f"{name},0001"
+    for answer in ("", "n\n"):
+        unsure = configured.run("drop", name, "--json", stdin=answer)
+        assert (unsure.returncode, unsure.stdout) == (1, "")
+    assert name in server.databases()
+    dropped = configured.run("drop", name, stdin="y\n")
+    assert (dropped.returncode, dropped.stdout) == (0, f"dropped {server.host}:{server.port}/{name}\n")
+    (told,) = lines_of_json(configured.run("create", name, *on, "--json"))
+    assert (told["database"], told["ok"]) == (name, True)
+    assert configured.run("drop", "--yes", name).returncode == 0
+
+
+# Bad input
+
+
+def wrongly(project: Project, *arguments: str, **environ: str) -> str:
+    """Run the command, which is to find fault with what it was given; returns what it says."""
+    done = project.run(*arguments, **environ)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith("shardrepo: ")
+    return done.stderr
+
+
+def test_no_repo_is_configured(project: Project) -> None:
+    """It says the three places where one can be named; each of them does."""
+    assert 'write repo = "app.repo:MyRepo" under [tool.shardrepo]' in wrongly(project, "status")
+    assert project.run("history", "--repo", project.path).returncode == 0
+    assert project.run("history", SHARDREPO_REPO=project.path).returncode == 0
+    project.configure()
+    assert project.run("history").returncode == 0
+
+
+def test_a_flag_is_stronger_than_the_environment_and_that_than_the_file(project: Project) -> None:
+    """In that order, for each setting by itself; paths are relative to the folder of pyproject.toml, from anywhere."""
+    project.configure(script_location="of_the_file")
+    assert "of_the_file" in wrongly(project, "history")
+    assert "of_the_environment" in wrongly(project, "history", SHARDREPO_SCRIPT_LOCATION="of_the_environment")
+    told = wrongly(
+        project, "history", "--script-location", "of_the_flag", SHARDREPO_SCRIPT_LOCATION="of_the_environment"
+    )
+    assert str(project.root / "of_the_flag") in told
+
+
+def test_the_repos_own_scripts_are_used(make_project: Callable[..., Project]) -> None:
+    """Where only the repo's config says where they are, a folder of the usual name is not taken for them."""
+    project = make_project(script_location="elsewhere")
+    project.configure()
+    assert str(project.root / "elsewhere") in wrongly(project, "history")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("{module}", "a repo is named as module:name, like app.repo:MyRepo"),
+        ("nowhere:MyRepo", "cannot be imported: No module named 'nowhere'"),
+        ("{module}:Nothing", "has no attribute 'Nothing'"),
+        ("{module}:Base", "not a repo"),
+        ("shardrepo:Repo", "name a subclass of Repo that has a config"),
+    ],
+)
+def test_what_is_named_is_no_repo(project: Project, path: str, said: str) -> None:
+    """It says what that is instead, or why it cannot be imported."""
+    assert said in wrongly(project, "status", "--repo", path.format(module=project.module))
+
+
+def test_settings_that_there_are_not(project: Project) -> None:
+    """A misspelt one is named with its file and the one that was meant; so is one of the wrong kind."""
+    project.configure(max_failure=3)
+    told = wrongly(project, "status")
+    assert "did you mean 'max_failures'?" in told
+    assert str(project.root / "pyproject.toml") in told
+    project.configure(jobs="many")
+    assert "jobs must be an integer" in wrongly(project, "upgrade")
+    (project.root / "pyproject.toml").write_text("[tool.shardrepo")
+    assert "pyproject.toml cannot be read" in wrongly(project, "status")
+
+
+def test_nothing_is_selected(configured: Project) -> None:
+    """A name, pattern, server, run or list that selects nothing is an error that says so; nothing is done."""
+    server = configured.servers[0]
+    for flags, said in [
+        (["-d", "nobody"], "the directory knows no database 'nobody'"),
+        (["-d", configured.names[0], "-d", "nobody"], "the directory knows no database 'nobody'"),
+        (["--match", "x*"], "match=x* selects none of 6 databases"),
+        (["--server", "127.0.0.2"], "did you mean '127.0.0.1'?"),
+        (["--failed", "last"], "no run 'last'"),
+        (["--from", "missing.txt"], "--from missing.txt: "),
+        (["--from", "-"], "--from - names no database"),
+        (["--resume", "20010101"], "no run '20010101'"),
+        (["--resume", "last", "--server", server.host], "it takes no selection"),
+        (["--resume", "last", "--plan"], "it takes no selection, --plan or --sql"),
+    ]:
+        assert said in wrongly(configured, "upgrade", *flags)
+    assert not any(configured.revisions().values())
+
+
+def test_a_wrong_number_is_refused(configured: Project) -> None:
+    """Of databases in a stage, of failures, of seconds."""
+    for flags, said in [
+        (["--canary", "few"], "the canary's size must be a number of databases"),
+        (["--then", "120%"], "the size of a stage must be"),
+        (["--max-failures", "-1"], "max_failures must be"),
+        (["--lock-timeout", "0"], "lock_timeout must be a positive number of seconds"),
+        (["--executor", "spark://host"], "an executor is named as dask://host:port"),
+    ]:
+        assert said in wrongly(configured, "upgrade", *flags)
+    assert configured.run("upgrade", "--jobs", "0").returncode == 2
+    assert configured.run("upgrade", "--nonsense").returncode == 2
+    assert not any(configured.revisions().values())
+
+
+def test_a_revision_that_there_is_not(configured: Project) -> None:
+    """It is refused before any database is asked; where there are several heads, those are named."""
+    assert "'0009' names no revision of these migrations" in wrongly(configured, "upgrade", "0009")
+    configured.revise("0002", "0001")
+    configured.revise("0003", "0001", MORE)
+    assert "(heads: 0002, 0003); name one, or `heads`" in wrongly(configured, "upgrade")
+    assert not any(configured.revisions().values())
+    assert configured.run("upgrade", "heads").returncode == 0
+    assert configured.revisions() == {name: ["0002", "0003"] for name in configured.names}
+
+
+def test_a_database_at_a_revision_without_a_script(configured: Project) -> None:
+    """It fails by itself and stays as it is, the others are done; the status counts it."""
+    configured.run("upgrade", "-d", configured.names[3])
+    configured.sql(configured.names[3], "UPDATE alembic_version SET version_num = 'ffff'")
+    done = configured.run("upgrade")
+    assert done.returncode == 1
+    assert "5 changed, 1 failed" in done.stdout
+    assert "it is at revision ffff, of which these migrations have no script" in done.stdout
+    assert configured.revision(configured.names[3]) == ["ffff"]
+    status = configured.run("status")
+    assert status.returncode == 1
+    assert f"unknown: {configured.names[3]}" in status.stdout
+
+
+def test_scripts_that_cannot_be_loaded(configured: Project) -> None:
+    """The script's own error is told, and nothing is connected to."""
+    configured.revise("0002", "0001")
+    (configured.root / "migrations" / "versions" / "0002.py").write_text("revision = '0002'\nimport nothing_such\n")
+    assert "cannot be loaded: ModuleNotFoundError: No module named 'nothing_such'" in wrongly(configured, "upgrade")
+
+
+def test_a_server_that_is_not_reached(configured: Project, servers: Servers) -> None:
+    """It is told once, the databases of the others are done, and the exit code is 1."""
+    gone, module = servers[2].port, configured.root / f"{configured.module}.py"
+    module.write_text(module.read_text().replace(f"'port': {gone}", "'port': 1"))
+    done = configured.run("upgrade")
+    assert done.returncode == 1
+    assert done.stdout.startswith("upgrade head: 4 changed")
+    assert done.stdout.count("127.0.0.1:1") >= 1
+    assert "could not be listed, and were left alone" in done.stdout
+    assert len(done.stdout.splitlines()) < 10
+    reached = [name for name in configured.names if configured.where[name].port != gone]
+    assert {name for name, revision in configured.revisions().items() if revision} == set(reached)
+    status = configured.run("status")
+    assert (status.returncode, "could not be listed" in status.stdout) == (1, True)
+    for command in (["ping"], ["current"], ["databases"], ["exec", "SELECT 1"]):
+        listed = configured.run(*command)
+        assert listed.returncode == 1
+        assert all(name in listed.stdout for name in reached)
+        assert "1 failed:" in listed.stderr
+    behind = configured.run("upgrade", "--behind")
+    assert (behind.returncode, behind.stdout) == (1, "")
+    assert "nobody knows which databases of 127.0.0.1:1 are behind" in behind.stderr
+
+
+def test_a_directory_that_lies(make_project: Callable[..., Project], servers: Servers) -> None:
+    """A name that it puts on a server without such a database fails there, by name."""
+    server = servers[0]
+    project = make_project(directory={"gone": {"host": server.host, "port": server.port, "password": server.password}})
+    project.revise("0001", None)
+    project.configure()
+    done = project.run("upgrade")
+    assert done.returncode == 1
+    assert "1 x UnknownDatabaseError" in done.stdout
+    assert "gone" in done.stdout
+
+
+def test_a_journal_that_cannot_be_written(configured: Project) -> None:
+    """Nothing is done without a record: it says which folder, and no database is touched."""
+    (configured.root / "taken").write_text("")
+    told = wrongly(configured, "upgrade", "--journal", "taken")
+    assert str(configured.root / "taken") in told
+    assert "nothing was done" in told
+    assert not any(configured.revisions().values())
+
+
+def test_a_repo_that_only_reads(make_project: Callable[..., Project]) -> None:
+    """It looks at its databases, and migrates none."""
+    project = make_project(1, read_only=True)
+    project.revise("0001", None)
+    project.configure()
+    assert project.run("status").returncode == 1
+    for command in (["upgrade"], ["create", "x", "--server", "127.0.0.1"]):
+        assert "read_only=True" in wrongly(project, *command)
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    """The library is installed without what the command is made of."""
+    program = "import sys; sys.modules['typer'] = None; from shardrepo.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program, "status"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "shardrepo: the command needs typer, which is not installed: pip install 'shardrepo[cli]'\n"
+
+
+# On the way
+
+
+def test_how_far_it_is_goes_to_the_other_output(configured: Project) -> None:
+    """A line now and then where nobody looks on, beside the result."""
+    program = "import shardrepo.cli.show as show; show.INTERVAL = 0; from shardrepo.cli import main; main()"
+    command = [sys.executable, "-c", program, "upgrade"]
+    done = subprocess.run(command, cwd=configured.root, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("upgrade head: 6 changed")
+    assert "stage 1: 6 of 6" in done.stderr
+
+
+@pytest.fixture
+def begun(configured: Project) -> Iterator[subprocess.Popen[str]]:
+    """An upgrade of three databases, one at a time, that has begun its first one, where it waits for a file."""
+    waiting = 'open("begun", "w").close()\nimport os\nwhile not os.path.exists("go_on"): op.execute("SELECT 1")'
+    configured.revise("0001", None, waiting)
+    command = [sys.executable, "-m", "shardrepo", "upgrade", "-j", "1", "--match", "*[0-2]"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=configured.root, stdout=pipe, stderr=pipe, text=True) as process:
+        await_((configured.root / "begun").exists)
+        yield process
+        (configured.root / "go_on").touch()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_once_it_finishes_what_it_has_begun(
+    configured: Project, begun: subprocess.Popen[str], number: signal.Signals
+) -> None:
+    """It says so at once, begins nothing more, exits with 130, and can be taken up where it was."""
+    begun.send_signal(number)
+    assert begun.stderr is not None
+    assert "finishing what is under way" in begun.stderr.readline()
+    (configured.root / "go_on").touch()
+    out, _ = begun.communicate()
+    assert begun.returncode == 130
+    assert "1 changed, 2 not begun" in out
+    assert sum(map(bool, configured.revisions().values())) == 1
+    assert configured.run("upgrade", "--resume", "last").returncode == 0
+    assert sum(map(bool, configured.revisions().values())) == 3
+
+
+def test_interrupted_twice_it_stops_between_two_statements(configured: Project, begun: subprocess.Popen[str]) -> None:
+    """What was under way is rolled back, and nothing waits for it."""
+    assert begun.stderr is not None
+    begun.send_signal(signal.SIGINT)
+    begun.stderr.readline()
+    begun.send_signal(signal.SIGINT)
+    out, _ = begun.communicate()
+    assert begun.returncode == 130
+    assert "interrupted" in out
+    assert not any(configured.revisions().values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_create_that_is_interrupted_leaves_nothing_half_made(configured: Project, number: signal.Signals) -> None:
+    """The database that is being migrated is stopped between two statements and removed again; the exit code is 130."""
+    waiting = 'open("begun", "w").close()\nwhile True: op.execute("SELECT 1")'
+    configured.revise("0001", None, waiting)
+    server, name = configured.servers[0], f"{configured.prefix}half"
+    command = [sys.executable, "-m", "shardrepo", "create", name, "--server", f"{server.host}:{server.port}"]
+    with subprocess.Popen(command, cwd=configured.root, env=os.environ, stderr=subprocess.PIPE) as process:
+        await_((configured.root / "begun").exists)
+        assert name in server.databases()
+        process.send_signal(number)
+        process.communicate()
+    assert process.returncode == 130
+    assert name not in server.databases()
+
+
+def test_the_command_is_installed_under_its_name(configured: Project) -> None:
+    """As a program of its own, which finds the project from a folder within it too."""
+    program = Path(sys.executable).with_name("shardrepo")
+    done = subprocess.run(
+        [str(program), "history"], cwd=configured.root / "migrations", capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "<base> -> 0001 (head), revision 0001\n")
