@@ -110,7 +110,7 @@ def _write(folder: Path, files: Mapping[Path, str]) -> None:
     except OSError as error:
         for path in written:
             path.unlink()
-        raise ConfigError(f"{error.filename} cannot be written: {error.strerror}; nothing was") from error
+        raise ConfigError(f"{error.filename} cannot be written: {error.strerror}; nothing was written") from error
 
 
 def _read(project: Path) -> bytes:
