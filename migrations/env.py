@@ -1,21 +1,21 @@
-"""Migrate one database: `alembic -c migrations/alembic.ini -x database=URL upgrade head`."""
+"""Migrate a database of the demo's: `DATABASE_URL=… alembic -c migrations/alembic.ini upgrade head`."""
 
-from alembic import context
-from sqlalchemy import create_engine
-from sqlalchemy.pool import NullPool
+import os
 
-database = context.get_x_argument(as_dictionary=True).get("database")
-if database is None:
-    raise SystemExit(
-        "which database? alembic -c migrations/alembic.ini -x database=postgresql+psycopg://… upgrade head"
-    )
+from shardrepo import Repo
+from shardrepo.demo.models import Base
+from shardrepo.fleet import env
 
-if context.is_offline_mode():
-    context.configure(url=database, literal_binds=True)
-    with context.begin_transaction():
-        context.run_migrations()
-else:
-    with create_engine(database, poolclass=NullPool).connect() as connection:
-        context.configure(connection=connection, transaction_per_migration=True)
-        with context.begin_transaction():
-            context.run_migrations()
+
+def config() -> str:
+    """The database that the environment names."""
+    if "DATABASE_URL" not in os.environ:
+        raise SystemExit("which database? Set DATABASE_URL=postgresql+psycopg://user:password@host/name")
+    return os.environ["DATABASE_URL"]
+
+
+class DemoRepo(Repo, config=config):
+    """The demo's databases."""
+
+
+env.run(DemoRepo, Base.metadata)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,9 +20,10 @@ from shardrepo.testing.servers import Server
 ROOT = Path(__file__).parents[1]
 
 
-def alembic(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "alembic", "-c", "migrations/alembic.ini", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def alembic(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "alembic", "-c", "migrations/alembic.ini", *arguments]
+    others = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    return subprocess.run(command, cwd=ROOT, env={**others, **environ}, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -36,18 +38,19 @@ def test_the_migrations_make_what_the_models_say(server: Server, database: str) 
     """Upgraded to head, a database differs in nothing from the demo's models; downgraded, nothing is left."""
     url = server.url(database)
     engine = create_engine(url, poolclass=NullPool)
-    named = f"database={url.render_as_string(hide_password=False)}"
-    upgraded = alembic("-x", named, "upgrade", "head")
+    named = url.render_as_string(hide_password=False)
+    upgraded = alembic("upgrade", "head", DATABASE_URL=named)
     assert upgraded.returncode == 0, upgraded.stderr
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
         assert compare_metadata(context, Base.metadata) == []
-    assert alembic("-x", named, "downgrade", "base").returncode == 0
+    assert alembic("check", DATABASE_URL=named).returncode == 0
+    assert alembic("downgrade", "base", DATABASE_URL=named).returncode == 0
     assert inspect(engine).get_table_names() == ["alembic_version"]
 
 
 def test_a_missing_database_is_asked_for() -> None:
-    """Without -x database= nothing is migrated, and the message says how to name one."""
+    """Without DATABASE_URL nothing is migrated, and the message says how to name one."""
     done = alembic("upgrade", "head")
     assert done.returncode != 0
-    assert "-x database=" in done.stderr
+    assert "Set DATABASE_URL=" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -79,9 +80,9 @@ def migrate(server: Server) -> None:
         engine = create_engine(url, poolclass=NullPool)
         Base.metadata.create_all(engine)
         return
-    database = f"database={url.render_as_string(hide_password=False)}"
-    command = [sys.executable, "-m", "alembic", "-c", str(_ALEMBIC_INI), "-x", database, "upgrade", "head"]
-    done = subprocess.run(command, cwd=MIGRATIONS.parent, capture_output=True, text=True, check=False)  # noqa: S603  # our own
+    command = [sys.executable, "-m", "alembic", "-c", str(_ALEMBIC_INI), "upgrade", "head"]
+    environ = {**os.environ, "DATABASE_URL": url.render_as_string(hide_password=False)}
+    done = subprocess.run(command, cwd=MIGRATIONS.parent, env=environ, capture_output=True, text=True, check=False)  # noqa: S603  # our own
     if done.returncode:
         raise RuntimeError(f"the migrations in {MIGRATIONS} failed on {server!r}:\n{done.stderr[-2000:]}")
 

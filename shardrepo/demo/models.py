@@ -1,4 +1,4 @@
-"""What the demo's databases hold. `migrations/` makes the same table, and imports nothing of this."""
+"""What the demo's databases hold. The revisions in `migrations/` make the same table, and import nothing of this."""
 
 from __future__ import annotations
 
