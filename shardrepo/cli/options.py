@@ -107,10 +107,10 @@ class Where:
 
     def _behind(self, opened: Opened, where: Selection) -> Selection:
         lacking = behind(opened.repo, members(opened.repo, where), opened.source)
-        for server, error in lacking.failures.items():
+        if lacking.failures:
             raise ListingError(
-                f"nobody knows which databases of {server} are behind, as they cannot be listed, and nothing was done: "
-                f"{error}. Name the other servers (--server), or leave --behind out",
+                f"nobody knows which databases of {', '.join(lacking.failures)} are behind, as they cannot be listed, and "
+                "nothing was done: name the other servers (--server), or leave --behind out",
                 found=(),
                 failures=lacking.failures,
             )

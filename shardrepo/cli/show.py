@@ -20,8 +20,7 @@ from rich.text import Text
 
 from ..across import Outcome
 from ..errors import ConfigError
-from ..fleet import Control, Failure
-from ..fleet.outcomes import Migration
+from ..fleet import Control, Failure, Made, Migration
 from ..fleet.runner import Progress as FleetProgress
 
 Format: TypeAlias = Literal["table", "csv", "json"]
@@ -149,6 +148,8 @@ def facts_of(outcome: Outcome[Any]) -> dict[str, Any]:
         facts |= {"before": outcome.value.before, "after": outcome.value.after}
         if outcome.value.drift:
             facts["drift"] = outcome.value.drift
+    if isinstance(outcome.value, Made):
+        facts |= {"template": outcome.value.template, "revisions": outcome.value.revisions}
     if outcome.error is not None:
         facts["error"] = Failure.of(outcome.error).as_dict()
     return facts

@@ -51,7 +51,7 @@ def create(
     source: Source | None = None,
     per_server: int = PER_SERVER,
 ) -> Outcomes[Made]:
-    """Make databases with the schema at head; what became of each, as they are ready.
+    """Make databases with the schema at head; what became of each, as they are ready, and are asked for.
 
     Copies of the server's ``template_database``, if the repo's config names one, which is itself made if it is missing
     and brought to head first; else each is made empty and migrated. One that fails is removed again; one that was there
@@ -281,7 +281,7 @@ def _servers(databases: Databases) -> Sequence[Mapping[str, Any]]:
 def drop(
     repo: type[Repo], names: Iterable[str], *, force: bool = False, per_server: int = PER_SERVER
 ) -> Outcomes[bool]:
-    """Drop databases, each of which is named; what became of each, as they are gone.
+    """Drop databases, each of which is named; what became of each, as they are gone, and are asked for.
 
     Args:
         repo: The repo whose databases they are.

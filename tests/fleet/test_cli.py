@@ -296,7 +296,7 @@ def test_databases_are_made_and_dropped(configured: Project) -> None:
     dropped = configured.run("drop", name, stdin="y\n")
     assert (dropped.returncode, dropped.stdout) == (0, f"dropped {server.host}:{server.port}/{name}\n")
     (told,) = lines_of_json(configured.run("create", name, *on, "--json"))
-    assert (told["database"], told["ok"]) == (name, True)
+    assert (told["database"], told["ok"], told["revisions"]) == (name, True, ["0001"])
     assert configured.run("drop", "--yes", name).returncode == 0
 
 
