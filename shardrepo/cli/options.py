@@ -109,8 +109,8 @@ class Where:
         lacking = behind(opened.repo, members(opened.repo, where), opened.source)
         if lacking.failures:
             raise ListingError(
-                f"nobody knows which databases of {', '.join(lacking.failures)} are behind, as they cannot be listed, and "
-                "nothing was done: name the other servers (--server), or leave --behind out",
+                f"nobody knows which databases of {', '.join(lacking.failures)} are behind, as they cannot be listed: "
+                "nothing was done. Name the other servers (--server), or leave --behind out",
                 found=(),
                 failures=lacking.failures,
             )

@@ -56,7 +56,7 @@ class Failure(ShardRepoError):
         # Which database it was is told beside it.
         notes = [note for note in getattr(error, "__notes__", ()) if not note.startswith("database: ")]
         return cls(
-            "; ".join([line(told, _MAX_MESSAGE) or kind, *notes]),
+            "; ".join(line(each, _MAX_MESSAGE) for each in (str(told) or kind, *notes)),
             kind=kind,
             sqlstate=_sqlstate(error),
             revision=revision,
