@@ -30,7 +30,8 @@ def main() -> None:
     except (ConfigError, NoDatabaseError, ReadOnlyError, UnknownDatabaseError) as error:
         _give_up(str(error), USAGE)
     except (ShardRepoError, SQLAlchemyError) as error:
-        _give_up(str(Failure.of(error)), FAILED)
+        failure = Failure.of(error)
+        _give_up(f"revision {failure.revision}: {failure}" if failure.revision else str(failure), FAILED)
 
 
 # Annotations are evaluated where typer was imported, so this module cannot postpone them.

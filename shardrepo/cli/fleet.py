@@ -12,6 +12,8 @@ from ..across import Outcome, Outcomes
 from ..errors import ConfigError, FleetError
 from ..fleet import Control, Operation, Report, Work
 from ..fleet.crew import executor_of
+from ..fleet.journal import read
+from ..fleet.lines import unlisted
 from ..fleet.looking import said
 from ..fleet.making import ended_early
 from ..fleet.scaffold import init as write_project
@@ -55,7 +57,9 @@ def init(
 
 
 def upgrade(
-    revision: Annotated[str, typer.Argument(help="head, heads, a revision, or +N.")] = "head",
+    revision: Annotated[
+        str | None, typer.Argument(help="head, heads, a revision, or +N; head if none is named.")
+    ] = None,
     *,
     project: Project,
     where: Where,
@@ -67,13 +71,16 @@ def upgrade(
     as_json: Json = False,
 ) -> None:
     """Bring databases to a revision, all of them to head if nothing is said."""
+    target = revision if resume else revision or "head"
     _migrate(
-        "upgrade", revision, project, where, how, plan=plan, resume=resume, sql=sql, as_json=as_json, breadth=breadth
+        "upgrade", target, project, where, how, plan=plan, resume=resume, sql=sql, as_json=as_json, breadth=breadth
     )
 
 
 def downgrade(
-    revision: Annotated[str, typer.Argument(help="A revision, base, or -N (after --).")],
+    revision: Annotated[
+        str | None, typer.Argument(help="A revision, base, or -N (after --).", show_default=False)
+    ] = None,
     *,
     project: Project,
     where: Where,
@@ -88,7 +95,7 @@ def downgrade(
 
 
 def stamp(
-    revision: Annotated[str, typer.Argument(help="A revision, head or base.")],
+    revision: Annotated[str | None, typer.Argument(help="A revision, head or base.", show_default=False)] = None,
     *,
     project: Project,
     where: Where,
@@ -110,7 +117,7 @@ def check(*, project: Project, where: Where, how: How, as_json: Json = False) ->
 
 def _migrate(
     work: Work,
-    target: str,
+    target: str | None,
     project: Project,
     where: Where,
     how: How,
@@ -124,6 +131,7 @@ def _migrate(
     if resume is not None and (plan or sql or where != Where()):
         raise ConfigError("--resume goes on with a run as it was begun: it takes no selection, --plan or --sql")
     opened = project.open(**how.flags())
+    target = _target(work, target, opened, resume)
     if work == "check":
         more["journal"] = None
     if sql:
@@ -151,6 +159,18 @@ def _migrate(
     else:
         print_lines(report.lines())
     raise typer.Exit(report.exit_code)
+
+
+def _target(work: Work, given: str | None, opened: Opened, resume: str | None) -> str:
+    """Where databases are to go: a run that is taken up, where it was to."""
+    if resume is not None:
+        was = str(read(opened.settings.journals, resume).head["target"])
+        if given not in (None, was):
+            raise ConfigError(f"run {resume} was to go to {was}, and not to {given}: that is how it is taken up")
+        return was
+    if given is None:
+        raise ConfigError(f"{work} where to? Name a revision")
+    return given
 
 
 def _ended(run: Callable[[], Report]) -> Report:
@@ -335,10 +355,9 @@ def databases(*, project: Project, where: Where, format: Form = "table") -> None
         for each in found.found
     )
     print_rows(rows, format)
-    failures = fleet.Causes()
-    for server, error in found.failures.items():
-        failures.add(f"the databases of {server} could not be listed", server, error)
-    _exit(failures)
+    for line in unlisted(found.failures):
+        print(line, file=sys.stderr)
+    raise typer.Exit(1 if found.failures else 0)
 
 
 def create(

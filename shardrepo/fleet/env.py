@@ -117,7 +117,7 @@ def _alone(repo: type[Repo]) -> Iterator[Connection]:
             if _changes_the_schema():
                 take(connection, "alembic", _LOCK_TIMEOUT, _PATIENCE, lambda: None)
         except ShardRepoError as error:
-            raise CommandError(str(error)) from error
+            raise CommandError("; ".join([str(error), *getattr(error, "blockers", ())])) from error
         yield connection
 
 
@@ -125,6 +125,8 @@ def _meant(repo: type[Repo]) -> Database:
     name = context.get_x_argument(as_dictionary=True).get("database")
     if name is None:
         return repo._router.databases.resolve(None)
+    if not name:
+        raise ConfigError("-x database= names no database: leave it out for the default one")
     (member,) = members(repo, Selection(names=(str(name),))).found
     return member.database
 

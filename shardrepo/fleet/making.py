@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,18 +67,17 @@ def create(
         per_server: How many at a time on one server.
 
     Raises:
-        ConfigError: A name is impossible or taken on another server, or nobody knows on which server it is to be.
-            Nothing was made.
+        ConfigError: Nothing is named, a name is impossible or taken on another server, or nobody knows on which server
+            it is to be. Nothing was made.
     """
     databases = repo._router.databases
     if databases.config.read_only:
         raise ReadOnlyError(f"create writes, and {repo.__name__}'s config says read_only=True: use another repo")
+    targets = [Target(name, database) for name, database in places(databases, _named(names), server).items()]
     makers: dict[str, Maker] = {}
-    targets = []
-    for database in places(databases, list(dict.fromkeys(names)), server):
-        if database.server not in makers:
-            makers[database.server] = Maker(repo, source or source_of(repo), database, owner)
-        targets.append(Target(database.name, database))
+    for target in targets:
+        if target.database.server not in makers:
+            makers[target.database.server] = Maker(repo, source or source_of(repo), target.database, owner)
 
     def make(target: Target) -> Made:
         return makers[target.database.server].make(target.database)
@@ -191,26 +190,34 @@ class Maker:
         return migrate(self._repo, database, self._manner, task).after
 
 
-def places(databases: Databases, names: Sequence[str], server: str | None) -> list[Database]:
-    """Where databases that are to be made will be.
+def _named(names: Iterable[str]) -> Sequence[str]:
+    """*names*, each once."""
+    named = tuple(dict.fromkeys(names))
+    if isinstance(names, str) or not named:
+        raise ConfigError(f"databases are made and dropped by their names, as in ['shard01'], not by {names!r}")
+    return named
+
+
+def places(databases: Databases, names: Sequence[str], server: str | None) -> Mapping[str, Database]:
+    """Where databases that are to be made will be, by name.
 
     Raises:
         ConfigError: Nobody knows: no server is named, and the directory has several; or one of them is somewhere else.
     """
-    known = _known(databases, names)
-    return [_place(databases, name, server, known.get(name)) for name in names]
+    known = _known(databases, set(names))
+    return {name: _place(databases, name, server, known.get(name)) for name in names}
 
 
 def _place(databases: Databases, name: str, server: str | None, known: Database | None) -> Database:
-    if known is not None and server is None:
-        return known
-    database = _on_only(databases, name) if server is None else _on_named(databases, server, name)
+    if server is None:
+        return known or _on_only(databases, name)
+    database = _on_named(databases, server, name)
     if known is not None and known.server != database.server:
         raise ConfigError(
             f"{name!r} is on {known.server} already, and nobody could tell it from one on {database.server}: nothing "
             "was made. Choose another name"
         )
-    return database
+    return known or database
 
 
 def place_anywhere(databases: Databases, name: str) -> Database:
@@ -219,7 +226,7 @@ def place_anywhere(databases: Databases, name: str) -> Database:
     return _on(databases, {} if "host" in databases.config.address or not servers else servers[0], name)
 
 
-def _known(databases: Databases, names: Iterable[str]) -> Mapping[str, Database]:
+def _known(databases: Databases, names: Collection[str]) -> Mapping[str, Database]:
     """Those of *names* of which the directory knows where they are, or are to be."""
     if databases.whereabouts is None:
         return {}
@@ -293,9 +300,7 @@ def drop(
         ConfigError: Nothing is named.
         UnknownDatabaseError: One of them is none that the directory knows. Nothing was dropped.
     """
-    wanted = Selection(names=tuple(names))
-    if not wanted.names:
-        raise ConfigError("no database is named, and none is dropped unless it is")
+    wanted = Selection(names=tuple(_named(names)))
     router = repo._router
 
     def remove(target: Target) -> bool:

@@ -75,7 +75,7 @@ def test_it_migrates_another_database_by_its_name(alone: Project, default: str) 
 
 def test_an_unknown_database_is_named(alone: Project, default: str) -> None:
     """In a line, and nothing is migrated in its place."""
-    for name, said in [("nobody", "the directory knows no database 'nobody'"), ("", "database")]:
+    for name, said in [("nobody", "the directory knows no database 'nobody'"), ("", "names no database")]:
         done = alembic(alone, "-x", f"database={name}", "upgrade", "head")
         assert done.returncode != 0
         assert said in done.stdout + done.stderr

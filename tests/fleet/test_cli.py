@@ -105,6 +105,20 @@ def test_a_canary_that_fails_ends_it(configured: Project) -> None:
     assert configured.revisions() == {name: ["0001"] for name in configured.names}
 
 
+def test_a_run_is_taken_up_as_it_was(configured: Project) -> None:
+    """Where it was to go need not be said again, and cannot be changed; what is no such run is refused."""
+    broken = configured.names[5]
+    configured.run("upgrade")
+    configured.sql(broken, "DROP TABLE users")
+    assert configured.run("downgrade", "base").returncode == 1
+    assert "was to go to base, and not to 0001" in wrongly(configured, "downgrade", "0001", "--resume", "last")
+    assert "that is how it is taken up" in wrongly(configured, "upgrade", "--resume", "last")
+    configured.sql(broken, "CREATE TABLE users ()")
+    assert configured.run("downgrade", "--resume", "last").returncode == 0
+    assert configured.revisions() == configured.all_at()
+    assert "downgrade where to? Name a revision" in wrongly(configured, "downgrade")
+
+
 def test_the_budget_ends_it_too(configured: Project) -> None:
     """When more fail than --max-failures, the exit code is 3; the setting in the environment holds without a flag."""
     for name in configured.names:
@@ -269,6 +283,23 @@ def test_every_database_is_pinged(configured: Project) -> None:
     assert all(row["seconds"] > 0 for row in rows)
 
 
+def test_a_revision_is_written(configured: Project) -> None:
+    """By comparing, it is named; where the revisions so far cannot be run, it says which one, and writes none."""
+    versions = configured.root / "migrations" / "versions"
+    template = "revision = ${repr(up_revision)}\ndown_revision = ${repr(down_revision)}\n"
+    (configured.root / "migrations" / "script.py.mako").write_text(template)
+    done = configured.run("revision", "-m", "more", "--autogenerate", "--rev-id", "0002")
+    assert (done.returncode, done.stdout) == (0, f"wrote {versions / '0002_more.py'}\n")
+    (versions / "0002_more.py").unlink()
+    configured.revise("0002", "0001", 'op.execute("SELECT 1/0")')
+    failed = configured.run("revision", "-m", "more", "--autogenerate")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr == "shardrepo: revision 0002: division by zero\n"
+    configured.revise("0003", "0001")
+    assert "Multiple heads are present" in wrongly(configured, "revision", "-m", "more")
+    assert len(list(versions.glob("*.py"))) == 3
+
+
 def test_revisions_are_listed(configured: Project) -> None:
     """The newest first, each with what it follows; those that nothing follows are the heads."""
     configured.revise("0002", "0001")
@@ -387,7 +418,7 @@ def test_nothing_is_selected(configured: Project) -> None:
 def test_a_wrong_number_is_refused(configured: Project) -> None:
     """Of databases in a stage, of failures, of seconds."""
     for flags, said in [
-        (["--canary", "few"], "the canary's size must be a number of databases"),
+        (["--canary", "few"], "the size of a stage must be a number of databases"),
         (["--then", "120%"], "the size of a stage must be"),
         (["--max-failures", "-1"], "max_failures must be"),
         (["--lock-timeout", "0"], "lock_timeout must be a positive number of seconds"),
@@ -439,7 +470,7 @@ def test_a_server_that_is_not_reached(configured: Project, servers: Servers) -> 
     assert done.returncode == 1
     assert done.stdout.startswith("upgrade head: 4 changed")
     assert done.stdout.count("127.0.0.1:1") >= 1
-    assert "could not be listed, and were left alone" in done.stdout
+    assert "could not be listed, and are left out" in done.stdout
     assert len(done.stdout.splitlines()) < 10
     reached = [name for name in configured.names if configured.where[name].port != gone]
     assert {name for name, revision in configured.revisions().items() if revision} == set(reached)
@@ -449,7 +480,7 @@ def test_a_server_that_is_not_reached(configured: Project, servers: Servers) -> 
         listed = configured.run(*command)
         assert listed.returncode == 1
         assert all(name in listed.stdout for name in reached)
-        assert "1 failed:" in listed.stderr
+        assert "127.0.0.1:1" in listed.stderr
     behind = configured.run("upgrade", "--behind")
     assert (behind.returncode, behind.stdout) == (1, "")
     assert "nobody knows which databases of 127.0.0.1:1 are behind" in behind.stderr
@@ -554,7 +585,11 @@ def test_a_create_that_is_interrupted_leaves_nothing_half_made(configured: Proje
     waiting = 'open("begun", "w").close()\nwhile True: op.execute("SELECT 1")'
     configured.revise("0001", None, waiting)
     server, name = configured.servers[0], f"{configured.prefix}half"
-    command = [sys.executable, "-m", "shardrepo", "create", name, "--server", f"{server.host}:{server.port}"]
+    # A shell has its background jobs ignore Ctrl-C, and these tests may be one.
+    program = (
+        f"import signal; signal.signal({number:d}, signal.default_int_handler); from shardrepo.cli import main; main()"
+    )
+    command = [sys.executable, "-c", program, "create", name, "--server", f"{server.host}:{server.port}"]
     with subprocess.Popen(command, cwd=configured.root, env=os.environ, stderr=subprocess.PIPE) as process:
         await_((configured.root / "begun").exists)
         assert name in server.databases()

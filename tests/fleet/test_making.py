@@ -230,6 +230,24 @@ def test_the_directory_may_know_it_beforehand(make_project: Callable[..., Projec
         server.drop_database(name)
 
 
+def test_the_directory_may_call_it_otherwise(make_project: Callable[..., Project], server: Server) -> None:
+    """It is told by the name that it was asked for, and made by the one that it has there."""
+    real = f"real_{secrets.token_hex(4)}"
+    where = {"host": server.host, "port": server.port, "password": server.password, "database": real}
+    project = make_project(on=[server], directory={"alias": where})
+    project.revise("0001", None, USERS)
+    try:
+        for options in ({}, {"on": server}):
+            (made,) = create(project, "alias", **options)
+            assert (made.name, made.ok, made.home) == ("alias", True, f"{address(server)}/{real}")
+            with project.repo.using("alias"):
+                assert project.repo.ping() > 0
+            assert fleet.drop(project.repo, ["alias"]).collect() == {"alias": True}
+    finally:
+        if real in server.databases():
+            server.drop_database(real)
+
+
 def test_without_a_directory_it_is_the_defaults_server(make_project: Callable[..., Project], server: Server) -> None:
     """Unless another one is named, which has the default's port if it says none."""
     project = make_project(on=[server], directory=None)
@@ -273,8 +291,11 @@ def test_a_repo_that_only_reads_makes_none(make_project: Callable[..., Project])
 def test_only_what_is_named_is_dropped(empty: Project) -> None:
     """No name is no selection of all; one that there is not keeps the others too."""
     names = empty.add(3)
-    with pytest.raises(ConfigError, match="no database is named"):
-        fleet.drop(empty.repo, [])
+    for nothing in ([], "", names[0]):
+        with pytest.raises(ConfigError, match="by their names, as in"):
+            fleet.drop(empty.repo, nothing)
+        with pytest.raises(ConfigError, match="by their names, as in"):
+            fleet.create(empty.repo, nothing)
     with pytest.raises(UnknownDatabaseError, match="'nobody'"):
         fleet.drop(empty.repo, [names[0], "nobody"])
     assert set(names) <= set(empty.servers[0].databases())
