@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -13,7 +14,7 @@ from ..errors import ConfigError, FleetError
 from ..fleet import Control, Operation, Report, Work
 from ..fleet.crew import executor_of
 from ..fleet.journal import read
-from ..fleet.lines import unlisted
+from ..fleet.lines import some, unlisted
 from ..fleet.looking import said
 from ..fleet.making import ended_early
 from ..fleet.scaffold import init as write_project
@@ -283,7 +284,7 @@ def _print_outcomes(
                 yield {"database": outcome.name, **row}
 
     print_rows(rows(), form)
-    _exit(failures)
+    _tell(failures)
 
 
 def history(*, project: Project, as_json: Json = False) -> None:
@@ -377,6 +378,12 @@ def create(
         return f"at {said(made.revisions)}" + (f", from {made.template}" if made.template else "")
 
     _print_each(outcomes, "made", told, as_json=as_json)
+    with suppress(ConfigError):  # a directory that lists nothing is asked for each by its name
+        known = {member.name for member in fleet.members(opened.repo).found}
+        if unknown := sorted(set(names) - known):
+            print(
+                f"the directory does not know {some(unknown)}: no command will find it until it does", file=sys.stderr
+            )
 
 
 def drop(
@@ -406,7 +413,7 @@ def _print_each(outcomes: Outcomes[T], done: str, told: Callable[[T], str], *, a
                 print_json(facts_of(outcome))
             elif outcome.ok:
                 print(f"{done} {outcome.home} {told(outcome.result())}".rstrip(), flush=True)
-    _exit(failures)
+    _tell(failures)
 
 
 def _add(failures: fleet.Causes, outcome: Outcome[Any]) -> None:
@@ -414,7 +421,8 @@ def _add(failures: fleet.Causes, outcome: Outcome[Any]) -> None:
     failures.add(outcome.name, (outcome.home or outcome.name).partition("/")[0], outcome.error)
 
 
-def _exit(failures: fleet.Causes) -> NoReturn:
+def _tell(failures: fleet.Causes) -> None:
+    """Say what failed, on the other output. Exits with 1 if anything did."""
     if failures.count:
         print(f"{failures.count} failed:", *failures.lines(), sep="\n", file=sys.stderr)
-    raise typer.Exit(1 if failures.count else 0)
+        raise typer.Exit(1)

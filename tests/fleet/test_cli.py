@@ -166,7 +166,7 @@ def test_what_differs_from_the_models_is_shown(configured: Project) -> None:
     done = configured.run("check")
     assert done.returncode == 1
     assert f"{changed} differs from the models: op.add_column('users'" in done.stdout
-    assert len(list((configured.root / ".shardrepo").iterdir())) == 1
+    assert len(list((configured.root / ".shardrepo").glob("*.jsonl"))) == 1
 
 
 def test_sql_is_written_for_each_revision_that_databases_are_at(configured: Project) -> None:
@@ -281,6 +281,15 @@ def test_every_database_is_pinged(configured: Project) -> None:
     rows = lines_of_json(configured.run("ping", "--format", "json"))
     assert sorted(row["database"] for row in rows) == configured.names
     assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_one_that_the_directory_does_not_know_is_told_of(configured: Project) -> None:
+    """It is made where it was asked for, and no selection finds it."""
+    server, name = configured.servers[0], f"other_{configured.prefix}"
+    done = configured.run("create", name, "--server", f"{server.host}:{server.port}")
+    server.drop_database(name)
+    assert (done.returncode, done.stdout) == (0, f"made {server.host}:{server.port}/{name} at 0001\n")
+    assert done.stderr == f"the directory does not know {name}: no command will find it until it does\n"
 
 
 def test_a_revision_is_written(configured: Project) -> None:
