@@ -107,7 +107,7 @@ def _with_templates(makers: Mapping[str, Maker], targets: Sequence[Target]) -> l
         except Exception as error:
             failures[server] = error
     return [
-        Outcome[Made](target.name, target.database.home, 0.0, error=failures[target.database.server])
+        Outcome(target.name, target.database.home, 0.0, error=failures[target.database.server])
         if target.database.server in failures
         else target
         for target in targets

@@ -107,7 +107,9 @@ class Members:
 
     def targets(self) -> list[Target | Outcome[Any]]:
         """What to visit; a server whose databases could not be listed is an outcome, called by its address."""
-        unlisted = [Outcome[Any](server, None, 0.0, error=error) for server, error in self.failures.items()]
+        unlisted: list[Outcome[Any]] = [
+            Outcome(server, None, 0.0, error=error) for server, error in self.failures.items()
+        ]
         return [*unlisted, *targets_of(self.found)]
 
 
