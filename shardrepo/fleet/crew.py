@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Any, Final, Protocol
 
@@ -88,9 +89,10 @@ class Processes:
 
     def close(self) -> None:
         lanes = (*self._idle, *self._busy.values())
-        for wait_for_it in (False, True):
-            for lane in lanes:
-                lane.shutdown(wait=wait_for_it, cancel_futures=True)
+        if lanes:
+            # A process takes a tenth of a second to end, and they need not wait for each other.
+            with ThreadPoolExecutor(len(lanes)) as threads:
+                list(threads.map(partial(ProcessPoolExecutor.shutdown, cancel_futures=True), lanes))
 
     def _lane(self) -> ProcessPoolExecutor:
         # The environment of now: the process that is forked has that of the first time.
