@@ -203,8 +203,7 @@ def _print_sql(work: Work, target: str, opened: Opened, where: Where, how: How) 
     for outcome in fleet.current(opened.repo, where=where.selection(opened)):
         at.setdefault(outcome.result(), []).append(outcome.name)
     for revisions, names in sorted(at.items()):
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        print(f"-- {len(names)} databases at {said(revisions)}: {', '.join(sorted(names)[:5])}{more}")
+        print(f"-- {len(names)} databases at {said(revisions)}: {some(sorted(names))}")
         print(fleet.sql(opened.repo, work, target, found=revisions, source=opened.source, x=x))
 
 

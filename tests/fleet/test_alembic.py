@@ -16,6 +16,8 @@ from shardrepo.testing.servers import Server, Servers
 from ..conftest import await_, run_sql
 from .conftest import USERS, Project
 
+pytestmark = pytest.mark.fleet
+
 
 @pytest.fixture
 def default(server: Server) -> Iterator[str]:

@@ -16,6 +16,8 @@ from shardrepo.testing.servers import Servers
 
 from .conftest import USERS, Project
 
+pytestmark = pytest.mark.fleet
+
 ENV = """
 from {module} import Base, MyRepo
 from shardrepo.fleet import env

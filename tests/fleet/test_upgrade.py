@@ -23,6 +23,8 @@ from ..conftest import LONG, await_, connections_of
 from .conftest import USERS, Project
 from .workers import workers
 
+pytestmark = pytest.mark.fleet
+
 AGE = 'op.add_column("users", sa.Column("age", sa.Integer()))'
 
 # What a script does that notes where and when it ran.
