@@ -19,7 +19,7 @@ from sqlalchemy import Row, text
 from sqlalchemy.engine import Connection
 
 from ..calls import deadline
-from ..pool import autocommit, set_autocommit, vouch
+from ..pool import autocommit, limited, set_autocommit, vouch
 from .outcomes import Failure
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ class Lookout:
             vouch(connection)
             autocommit(connection)
             while True:
-                rows = connection.execute(_BLOCKERS, {"pid": self._pid}).all()
+                with limited(connection, monotonic() + self._databases.config.connect_timeout):
+                    rows = connection.execute(_BLOCKERS, {"pid": self._pid}).all()
                 self.seen = tuple(_shown(row) for row in rows) or self.seen
                 if self._over.wait(self._interval):
                     return
