@@ -323,6 +323,8 @@ def checked_name(kind: str, value: object) -> str:
 
 def _check_host(value: object) -> str:
     host = _text("host", value)
+    if "://" in host:
+        raise ConfigError("a host is given as a name or an address, not as a URL, which may have a password in it")
     if "," in host:
         raise ConfigError(f"host {host!r} names several servers: a row is in one of them, name that one")
     return host if host.startswith(("/", "@")) else host.lower()
