@@ -87,10 +87,9 @@ class Processes:
         self._stop.value = 1
 
     def close(self) -> None:
-        lanes = (*self._idle, *self._busy.values())
-        for wait_for_it in (False, True):
-            for lane in lanes:
-                lane.shutdown(wait=wait_for_it, cancel_futures=True)
+        # One after the other: who has been told once, without waiting, is not waited for when he is told again.
+        for lane in (*self._idle, *self._busy.values()):
+            lane.shutdown(wait=True, cancel_futures=True)
 
     def _lane(self) -> ProcessPoolExecutor:
         # The environment of now: the process that is forked has that of the first time.
