@@ -184,7 +184,7 @@ def migrate(repo: type[Repo], database: Database, manner: Manner, task: Task) ->
                 raise failure from error
         except Failure:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # of a script that ends the process, which would be begun anew
             raise Failure.of(error, revision=run.revision) from error
         sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  # so that tries do not meet again
         pause = min(pause * 2, _BACKOFF[1])
@@ -229,6 +229,7 @@ class Run:
             self.revision = None
             set_autocommit(connection, True)
             after = read_revisions(connection, config.version_table)
+            self._check_arrival(after)
             return Migration(self._before or (), after, attempt, self._drift)
 
     def _run(self, connection: Connection) -> None:
@@ -258,6 +259,15 @@ class Run:
 
     def _note_commit(self, _: Connection) -> None:
         self.is_torn = True
+
+    def _check_arrival(self, after: Revisions) -> None:
+        """Make sure that nothing is left to do; for the way back, Alembic cannot be asked a second time."""
+        work, target = self._manner.work, self._task.target
+        # Where one branch depends on another, a stamp of several heads may take away what it has just noted.
+        if work in ("upgrade", "stamp") and self._scripts.steps(work, target, after):
+            raise Failure(
+                f"it is at {' '.join(after) or 'base'} after all was done that leads to {target}", kind="revision"
+            )
 
     def _check(self, heads: Revisions, context: MigrationContext) -> Sequence[Any]:
         """Compare the database with the models."""

@@ -513,6 +513,30 @@ def test_a_stamp_that_purges_mends_a_table_of_versions(make_project: Callable[..
     assert project.revision(name) == ["0002"]
 
 
+def test_a_stamp_that_does_not_arrive(make_project: Callable[..., Project]) -> None:
+    """A database that lacks one of several heads afterwards is reported, and not counted as being there."""
+    project = make_project(1)
+    project.revise("a1", None, NOTES)
+    project.revise("a2", "a1")
+    project.revise("b1", None)
+    project.revise("b2", "b1", depends_on="a1")
+    fleet.upgrade(project.repo, "a2", source=project.source)
+    fleet.upgrade(project.repo, "b1", source=project.source)
+    report = failed(lambda: fleet.stamp(project.repo, "heads", source=project.source))
+    assert (report.changed, report.causes.count) == (0, 1)
+    fleet.stamp(project.repo, "heads", source=project.source)
+    assert project.revisions() == project.all_at("a2", "b2")
+
+
+def test_a_script_that_ends_its_process(make_project: Callable[..., Project]) -> None:
+    """It is run once, and reported by what it raises."""
+    project = make_project(1)
+    project.revise("0001", None, f"{USERS}\nraise SystemExit('enough')")
+    report = failed(lambda: fleet.upgrade(project.repo, source=project.source))
+    (cause,) = report.causes
+    assert (cause.failure.kind, cause.failure.revision, str(cause.failure)) == ("SystemExit", "0001", "enough")
+
+
 def test_arguments_reach_the_scripts(project: Project) -> None:
     """What is given as -x is what a script asks its context for."""
     project.revise(
