@@ -15,9 +15,11 @@ import pytest
 from shardrepo import ConfigError, fleet
 from shardrepo.fleet import Control, Progress, Rollout, Selection, worker
 from shardrepo.fleet.journal import read
+from shardrepo.fleet.lock import KEY
 from shardrepo.testing.servers import Servers
 
 from ..conftest import await_
+from ..proxy import Proxy
 from .conftest import USERS, Project
 from .test_upgrade import failed
 
@@ -333,6 +335,28 @@ op.execute("COMMENT ON TABLE users IS '" + context.get_x_argument(as_dictionary=
         thread.join()
     comment = "SELECT obj_description('users'::regclass)"
     assert [project.sql(name, comment) for name in project.names] == [[(name,)] for name in project.names]
+
+
+def test_a_server_that_falls_silent_while_a_lock_is_waited_for(
+    make_project: Callable[..., Project], servers: Servers
+) -> None:
+    """The database is reported, and nobody waits for an answer without end."""
+    project = make_project(1, on=[servers[0]])
+    project.revise("0001", None, USERS)
+    (name,) = project.names
+    with Proxy(servers[0]) as proxy, servers[0].connect(name) as holder:
+        project.write_directory(**{name: {"host": proxy.host, "port": proxy.port}})
+        holder.execute("SELECT pg_advisory_lock(%s)", (KEY,))
+        polling = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'shardrepo upgrade'"
+
+        def observe(_: Progress) -> None:
+            if holder.execute(polling).fetchone() == (1,):
+                proxy.deafen()
+
+        how = Rollout(patience=1.0)
+        report = failed(lambda: fleet.upgrade(project.repo, how=how, source=project.source, observe=observe))
+    (cause,) = report.causes
+    assert cause.failure.kind == "NoAnswer"
 
 
 def test_a_locked_version_table_is_not_waited_for_without_end(make_project: Callable[..., Project]) -> None:
