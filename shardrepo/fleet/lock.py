@@ -66,7 +66,7 @@ def take(connection: Connection, name: str, lock_timeout: float, patience: float
         OperationalError: The server has not answered for as long.
     """
 
-    def ask(question: TextClause, **given: Any) -> Sequence[Row[Any]]:
+    def ask(question: TextClause, **given: Any) -> Sequence[Any]:
         with limited(connection, monotonic() + patience):
             return connection.execute(question, given).all()
 
