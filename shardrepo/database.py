@@ -111,7 +111,7 @@ class Database:
     def __post_init__(self) -> None:
         if isinstance(self.password, str):
             object.__setattr__(self, "password", Secret(self.password))
-        object.__setattr__(self, "home", self.id or f"{self.server}/{self.name}")
+        object.__setattr__(self, "home", self.id or self.address)
         # One string, because it is looked up at every checkout and strings remember their hash.
         address = (self.host, self.port, self.name, self.username, self.query, digest(self.password))
         object.__setattr__(self, "key", repr(address))
@@ -129,6 +129,11 @@ class Database:
     def server(self) -> str:
         """Host and port, as ``host:port``; an IPv6 address stands in brackets."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def address(self) -> str:
+        """Where it is now, as ``host:port/name``: its home, unless a directory has given it an id."""
+        return f"{self.server}/{self.name}"
 
     @property
     def labels(self) -> dict[str, str]:
@@ -318,6 +323,8 @@ def checked_name(kind: str, value: object) -> str:
 
 def _check_host(value: object) -> str:
     host = _text("host", value)
+    if "://" in host:
+        raise ConfigError("a host is given as a name or an address, not as a URL, which may have a password in it")
     if "," in host:
         raise ConfigError(f"host {host!r} names several servers: a row is in one of them, name that one")
     return host if host.startswith(("/", "@")) else host.lower()

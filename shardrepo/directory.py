@@ -329,12 +329,23 @@ class Whereabouts:
             self._known.pop(name, None)
 
     def list_databases(self) -> list[Location]:
-        """All databases, by name, as the directory has them now; where each of them is needs no question then."""
+        """All databases, by name, as the directory has them now; where each of them is needs no question then.
+
+        Raises:
+            ConfigError: It lists a name twice, and nobody knows which is meant.
+        """
         with self._apart():
-            found = sorted(self._directory.list_databases(self._connect), key=lambda location: location.name)
-        for location in found:
+            listed = sorted(self._directory.list_databases(self._connect), key=lambda location: location.name)
+        found: dict[str, Location] = {}
+        for location in listed:
+            if found.setdefault(location.name, location) != location:
+                raise ConfigError(
+                    f"the directory lists {location.name!r} twice, in different places or states: its name has to be "
+                    "unique"
+                )
+        for location in found.values():
             self._learn(location.name, location)
-        return found
+        return list(found.values())
 
     def _ask(self, name: str) -> Location | None:
         mine: Future[Location | None] = Future()

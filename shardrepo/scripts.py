@@ -100,16 +100,19 @@ class Scripts:
         return tuple(sorted(script.revision for script in found if script is not None))
 
     def steps(self, move: Move, target: str, heads: Revisions) -> Sequence[Any]:
-        """What takes a database from *heads* to *target*, as Alembic runs it; also relative ones such as ``+1``.
+        """What takes a database from *heads* to *target*, as Alembic runs it; also relative ones such as ``+1``, and
+        several, with spaces between them.
 
         Raises:
             CommandError: Alembic's, where no way leads there.
         """
+        meant: Any = several(target)
+        given: Any = heads
         if move == "upgrade":
-            return self.directory._upgrade_revs(target, heads)  # type: ignore[arg-type]  # what Alembic's own commands pass
+            return self.directory._upgrade_revs(meant, given)
         if move == "downgrade":
-            return self.directory._downgrade_revs(target, heads)  # type: ignore[arg-type]
-        return self.directory._stamp_revs(target, heads)
+            return self.directory._downgrade_revs(meant, given)
+        return self.directory._stamp_revs(meant, given)
 
     def destination(self, move: Move, target: str, heads: Revisions) -> str:
         """*target* for a database at *heads*: a relative one as the revision that it comes to there, so that it means
@@ -183,6 +186,12 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def several(target: str) -> str | Revisions:
+    """*target* as Alembic takes it: a tuple, where it is several."""
+    names = tuple(target.split())
+    return names if len(names) > 1 else target
 
 
 def is_relative(target: str) -> bool:

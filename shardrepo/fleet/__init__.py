@@ -122,7 +122,7 @@ def downgrade(
     """Take databases back to *revision*, ``base`` for none; otherwise as `upgrade`.
 
     A relative one, like ``-1``, is reckoned from where each database is when it is planned, and not again when the
-    run is taken up.
+    run is taken up; what is made meanwhile takes no step then, as it may be a copy of one that has.
     """
     return Operation(repo, "downgrade", revision, where, how, source, observe, control).run()
 
@@ -137,7 +137,10 @@ def stamp(
     control: Control | None = None,
     observe: Observer = lambda _: None,
 ) -> Report:
-    """Note in databases that they are at *revision*, and run nothing; otherwise as `upgrade`."""
+    """Note in databases that they are at *revision*, and run nothing; otherwise as `upgrade`.
+
+    Of a database that is made meanwhile nothing is noted: nobody has seen what is in it.
+    """
     return Operation(repo, "stamp", revision, where, how, source, observe, control).run()
 
 

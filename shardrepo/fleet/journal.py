@@ -141,7 +141,9 @@ class Journal:
         path = folder / f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{work}-{secrets.token_hex(2)}{_SUFFIX}"
         try:
             _make(folder)
-            journal = cls(path, _locked(path, "x"))
+            # Its owner's alone: what a server says of a row that it refuses has its values, and -x may be a secret.
+            path.touch(mode=0o600, exist_ok=False)
+            journal = cls(path, _locked(path))
             journal._first(head=dict(head))
         except OSError as error:
             raise ConfigError(
@@ -159,7 +161,7 @@ class Journal:
         """
         path = _path(folder, run)
         try:
-            journal = cls(path, _locked(path, "a"), is_new=False)
+            journal = cls(path, _locked(path), is_new=False)
             journal._first(resumed=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}")
         except BlockingIOError as error:
             raise ConfigError(f"run {path.stem} is under way in another process: let it end, or stop it") from error
@@ -273,8 +275,8 @@ def _path(folder: Path, run: str) -> Path:
     return folder / f"{found}{_SUFFIX}"
 
 
-def _locked(path: Path, mode: str) -> IO[str]:
-    file: IO[str] = path.open(mode, encoding="utf-8")
+def _locked(path: Path) -> IO[str]:
+    file: IO[str] = path.open("a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic, sleep
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from sqlalchemy import Row, text
+from sqlalchemy import Row, TextClause, text
 from sqlalchemy.engine import Connection
 
 from ..calls import deadline
-from ..pool import autocommit, set_autocommit, vouch
+from ..pool import autocommit, limited, set_autocommit, vouch
 from .outcomes import Failure
 
 if TYPE_CHECKING:
@@ -63,14 +63,20 @@ def take(connection: Connection, name: str, lock_timeout: float, patience: float
 
     Raises:
         Failure: Somebody else has it all the time; says who.
+        OperationalError: The server has not answered for as long.
     """
+
+    def ask(question: TextClause, **given: Any) -> Sequence[Any]:
+        with limited(connection, monotonic() + patience):
+            return connection.execute(question, given).all()
+
     parameters = {"name": name, "lock_timeout": f"{lock_timeout * 1000:.0f}ms", "key": KEY}
     deadline, pause = monotonic() + patience, _POLL[0]
     set_autocommit(connection, True)
-    while not connection.execute(_TAKE, parameters).one()[2]:
+    while not ask(_TAKE, **parameters)[0][2]:
         check()
         if monotonic() > deadline:
-            holders = tuple(_shown(row) for row in connection.execute(_HOLDERS))
+            holders = tuple(_shown(row) for row in ask(_HOLDERS))
             raise Failure(
                 f"another migration of this database has held its lock for {patience:.0f} s",
                 kind="locked",
@@ -119,7 +125,8 @@ class Lookout:
             vouch(connection)
             autocommit(connection)
             while True:
-                rows = connection.execute(_BLOCKERS, {"pid": self._pid}).all()
+                with limited(connection, monotonic() + self._databases.config.connect_timeout):
+                    rows = connection.execute(_BLOCKERS, {"pid": self._pid}).all()
                 self.seen = tuple(_shown(row) for row in rows) or self.seen
                 if self._over.wait(self._interval):
                     return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -13,8 +14,8 @@ from ..errors import ConfigError, UnknownDatabaseError
 from ..scripts import Source
 from .crew import Crew, Guests, Processes
 from .journal import Account, Journal, read
-from .members import ALL, Member, Selection, members
-from .outcomes import Migration
+from .members import ALL, Member, Selection
+from .outcomes import Failure, Migration
 from .plan import Part, Task, Work
 from .planning import DEFAULT, Plan, Planner, Rollout
 from .report import Report
@@ -81,30 +82,30 @@ class Operation:
             FleetError: As `run`.
         """
         plan = Plan(Report(self._work, self._target), account.left())
-        for name in account.names:
-            for member in self._still_there(name):
-                self._planner.addresses[name] = member.database
-        again = [member for name in account.refused for member in self._still_there(name)]
+        found = dict(self._planner.locate(account.names))
+        again = [member for name in account.refused if isinstance(member := found[name], Member)]
+        for name in account.refused:
+            if isinstance(error := found[name], Exception) and not isinstance(error, UnknownDatabaseError):
+                plan.refuse(name, None, "", Failure.of(error))
         fresh = self._planner.parts(again, plan)
         plan.parts += fresh
         with ExitStack() as stack:
             return self._carry_out(plan, fresh, journal, stack)
 
-    def _still_there(self, name: str) -> list[Member]:
-        try:
-            return list(members(self._repo, Selection(names=(name,))).found)
-        except UnknownDatabaseError:
-            return []  # dropped meanwhile; the worker that has a task there will say so
-
     def _carry_out(self, plan: Plan, new: list[Part], journal: Journal | None, stack: ExitStack) -> Report:
         """Carry out a plan, whose *new* parts are to be noted first."""
         report = plan.report
-        if journal is not None:
-            _note_plan(journal, new, plan.refused)
+        # A plan that is not whole is none: taken up, it would end well without what it lacks.
         if report.ending == "complete":
+            if journal is not None:
+                _note_plan(journal, new, plan.refused)
             crew = self._crew(plan.size)
             stack.callback(crew.close)
-            self._run(plan, self._runner(crew, plan, journal))
+            try:
+                self._run(plan, self._runner(crew, plan, journal))
+            except BaseException:  # of the observer's, or Ctrl-C: nobody would note what becomes of what is under way
+                crew.stop()
+                raise
         report.run = None if journal is None or journal.is_empty else journal.run
         report.seconds = monotonic() - self._begun
         report.check()
@@ -113,7 +114,7 @@ class Operation:
     def _run(self, plan: Plan, runner: Runner) -> None:
         report = plan.report
         runner.run(plan.parts)
-        while runner.ending == "complete" and (born := self._planner.newcomers()):
+        while runner.ending == "complete" and (born := self._newcomers(report)):
             number, refused = len(plan.parts), len(plan.refused)
             parts = [replace(part, title="made meanwhile") for part in self._planner.parts(born, plan)]
             if not runner.note(partial(_write_plan, parts=parts, refused=plan.refused[refused:])):
@@ -122,6 +123,18 @@ class Operation:
             runner.run(parts, number)
         if report.ending == "complete":
             report.ending, report.problem, report.left = runner.ending, runner.problem, runner.left
+
+    def _newcomers(self, report: Report) -> Sequence[Member]:
+        """Members that have been made meanwhile; if nobody can say, the report does, and keeps what was done."""
+        if not self._planner.takes_newcomers:
+            return ()
+        try:
+            found = self._planner.newcomers()
+        except Exception as error:
+            report.unlisted = {**report.unlisted, "the directory": error}
+            return ()
+        report.unlisted = found.failures
+        return found.found
 
     def _runner(self, crew: Crew, plan: Plan, journal: Journal | None) -> Runner:
         allowed = self._how.max_failures
@@ -139,8 +152,8 @@ class Operation:
     def _settle(self, report: Report, task: Task, outcome: Outcome[Migration]) -> None:
         report.add(task, outcome)
         database = self._planner.addresses.get(task.name)
-        if database is not None and outcome.ok:
-            # What this process has prepared there is of the old schema.
+        if database is not None:
+            # What this process has prepared there is of the old schema, also where only a part was done.
             self._repo._router.cache.disconnect(database)
 
     def _crew(self, size: int) -> Crew:
@@ -162,6 +175,19 @@ class Operation:
             purge=how.purge,
         )
 
+    def check_same(self, head: Mapping[str, Any]) -> None:
+        """Make sure that the target is what it was for the run with this *head*.
+
+        Raises:
+            ConfigError: The scripts have changed: what that run has done would not be all that there is to do now.
+        """
+        before, now = head["revisions"], self._planner.revisions
+        if before is not None and now is not None and set(before) != set(now):
+            raise ConfigError(
+                f"{head['target']!r} was {' '.join(before) or 'base'} for that run, and is {' '.join(now) or 'base'} "
+                "for the scripts that there are now: begin a new run, which does what is left of it too"
+            )
+
     def _head(self) -> dict[str, Any]:
         """What the journal has to know for the run to be taken up."""
         return {
@@ -170,6 +196,7 @@ class Operation:
             "target": self._target,
             "where": self._where.as_dict(),
             "scripts": self._planner.scripts.source.location,
+            "revisions": self._planner.revisions,
             "breadth": self._how.breadth,
             "purge": self._how.purge,
             "x": list(self._how.x),
@@ -189,7 +216,8 @@ def resume(
     """Take up a run where it was: what it has done stays done, and what it was at is finished.
 
     Raises:
-        ConfigError: There is no such run, it was another repo's or of another kind, or it is still under way.
+        ConfigError: There is no such run, it was another repo's or of another kind, it is still under way, or the
+            scripts have another head than they had.
         FleetError: As `Operation.run`.
     """
     if how.journal is None:
@@ -205,6 +233,7 @@ def resume(
         how = replace(how, breadth=head["breadth"], purge=head["purge"], x=how.x or tuple(head["x"]))
         where = Selection.of(head["where"])
         operation = Operation(repo, work, head["target"], where, how, source, observe, control)
+        operation.check_same(head)
         return operation.resume(account, journal)
 
 

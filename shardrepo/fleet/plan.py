@@ -135,9 +135,11 @@ class Task:
         name: What it is called in reports and journals; no two of a run have the same.
         home: Its home, which what a worker finds by the name has to have too.
         server: Its server, as ``host:port``.
-        target: The revision that it is to go to: never a relative one, so that it means the same the second time.
+        target: The revision that it is to go to, or several with spaces between them: never a relative one, nor a head
+            by that name, so that it means the same the second time, and to whoever has other scripts.
         template: The database's own name if it is a server's template, and no member of the fleet.
         near: The member by which a template's server is found.
+        address: Where it was when it was planned, if its home is an id, which it would keep elsewhere.
         tags: What a stage takes it by.
     """
 
@@ -148,10 +150,18 @@ class Task:
     template: str | None = None
     near: str | None = None
     tags: frozenset[str] = field(default=frozenset(), compare=False)
+    address: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is to be done, as ``host:port/name``: nowhere else."""
+        return self.address or self.home
 
     def as_dict(self) -> dict[str, str]:
         """As it stands in a journal."""
-        facts = {name: getattr(self, name) for name in ("name", "home", "server", "target", "template", "near")}
+        facts = {
+            name: getattr(self, name) for name in ("name", "home", "server", "target", "template", "near", "address")
+        }
         return {name: value for name, value in facts.items() if value is not None}
 
 
@@ -252,6 +262,9 @@ class Judge:
 
     Raises:
         ConfigError: There is no such revision.
+
+    Attributes:
+        target: The revisions that it comes to; None for a relative one.
     """
 
     def __init__(self, scripts: Scripts, move: Work, target: str, *, purges: bool = False) -> None:
@@ -260,6 +273,9 @@ class Judge:
         self._move: Work = move
         self._target = target
         self.target: Revisions | None = None if is_relative(target) else scripts.resolve(target)
+        # By name, what a head is: other scripts, a worker's or those of a later day, have others. Not for the way back,
+        # where a name may say on which branch.
+        self._aim = " ".join(self.target) if self.target and move in ("upgrade", "stamp") else target
         self._known: dict[Revisions, Verdict] = {}
 
     def judge(self, found: Revisions) -> Verdict:
@@ -286,7 +302,9 @@ class Judge:
         if move == "downgrade" and standing == "behind" and scripts.missing(heads, found):
             here = " ".join(found)
             return Verdict(standing, problem=f"it is at {here}, from where no way back leads to {self._target}")
-        return Verdict(standing, self._target if standing in _DUE[move] else None)
+        # A table of versions that is to be emptied may have more in it than where the database is.
+        is_due = standing in _DUE[move] or (self._purges and set(found) != set(heads))
+        return Verdict(standing, self._aim if is_due else None)
 
 
 # How a database stands to the target of a work that has something to do there.

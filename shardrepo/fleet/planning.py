@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ..across import Outcome
 from ..database import Database
-from ..errors import ConfigError, ReadOnlyError
+from ..errors import ConfigError, ConnectError, ReadOnlyError
 from ..scripts import Revisions, Scripts, Source, location_of
 from .lines import line, some, unlisted
-from .members import Member, Selection, members, targets_of
+from .members import Member, Members, Selection, members, targets_of
 from .outcomes import Failure, Migration
 from .plan import Judge, Part, Share, Stage, Task, Work, in_rounds, staged
 from .report import Report
@@ -101,6 +102,11 @@ class Plan:
     parts: list[Part] = field(default_factory=list)
     refused: list[Outcome[Migration]] = field(default_factory=list)
 
+    def refuse(self, name: str, home: str | None, server: str, failure: Failure) -> None:
+        """Note that a database cannot be migrated."""
+        self.report.causes.add(name, server, failure)
+        self.refused.append(Outcome(name, home, 0.0, error=failure))
+
     @property
     def size(self) -> int:
         """How many databases it changes."""
@@ -166,11 +172,34 @@ class Planner:
         plan.parts += self.parts(found.found, plan)
         return plan
 
-    def newcomers(self) -> list[Member]:
-        """Members that have been made since; none where members are named, or are not to be changed."""
-        if self._where.names or self._work == "check":
-            return []
-        return [member for member in members(self._repo, self._where).found if member.name not in self.addresses]
+    @property
+    def revisions(self) -> Revisions | None:
+        """What the target is by these scripts; None for a relative one."""
+        return self._judge.target
+
+    @property
+    def takes_newcomers(self) -> bool:
+        """Whether members that are made meanwhile are to follow: not where it is named what is meant, nor where
+        nobody knows what would be true of one: that it is at a revision, or one step away from where it was."""
+        return not self._where.names and self._work in ("upgrade", "downgrade") and self.revisions is not None
+
+    def newcomers(self) -> Members:
+        """Members that it has not planned for, as the directory lists them now."""
+        found = members(self._repo, self._where)
+        return Members([member for member in found.found if member.name not in self.addresses], found.failures)
+
+    def locate(self, names: Iterable[str]) -> Iterator[tuple[str, Member | Exception]]:
+        """Where *names* are now, or why nobody knows."""
+        with suppress(Exception):
+            self._databases.listed()  # some directories ask all servers for each name that they have not listed
+        for name in names:
+            try:
+                (member,) = members(self._repo, Selection(names=(name,))).found
+            except Exception as error:
+                yield name, error
+            else:
+                self.addresses[name] = member.database
+                yield name, member
 
     def parts(self, found: Sequence[Member], plan: Plan) -> list[Part]:
         """The parts in which *found* are to be migrated; which of them cannot be, or need not, is noted in *plan*."""
@@ -211,11 +240,14 @@ class Planner:
             due.append((_task(member, verdict.target), outcome.result()))
 
     def _refuse(self, member: Member, failure: Failure, plan: Plan) -> None:
-        plan.report.causes.add(member.name, member.database.server, failure)
-        plan.refused.append(Outcome(member.name, member.database.home, 0.0, error=failure))
+        plan.refuse(member.name, member.database.home, member.database.server, failure)
 
     def _templates(self, found: Sequence[Member]) -> list[Part]:
-        """The part that migrates the template of each server that has one: none of them may fail."""
+        """The part that migrates the template of each server that has one: none of them may fail.
+
+        Raises:
+            ConfigError: One of them is there and cannot be migrated.
+        """
         template = self._databases.config.template_database
         if template is None:
             return []
@@ -228,18 +260,31 @@ class Planner:
         }
         tasks = []
         for outcome in sweep(self._databases, targets_of(stands.values()), self._how.per_server):
-            # One that is missing is made with the first database that is made from it; what else is wrong with its
-            # server is told of the databases that it has.
-            target = None if outcome.error is not None else self._judge.judge(outcome.result()).target
+            target = self._target_of_template(outcome)
             if target is not None:
                 member = stands[outcome.name]
                 tasks.append(_task(member, target, template, there[member.database.server].name))
         return [Part(tasks, 0, 0.0, "templates")] if tasks else []
 
+    def _target_of_template(self, outcome: Outcome[Revisions]) -> str | None:
+        if isinstance(outcome.error, ConnectError):
+            # One that is missing is made with the first database that is made from it; what else is wrong with its
+            # server is told of the databases that it has.
+            return None
+        if outcome.error is not None:
+            problem: str | None = str(Failure.of(outcome.error))
+        else:
+            verdict = self._judge.judge(outcome.result())
+            if verdict.problem is None or verdict.standing != "unknown":
+                return verdict.target
+            problem = verdict.problem
+        raise ConfigError(f"nothing was done, as the template {outcome.home} cannot be migrated: {problem}")
+
 
 def _task(member: Member, target: str, template: str | None = None, near: str | None = None) -> Task:
     database = member.database
-    return Task(member.name, database.home, database.server, target, template, near, member.tags)
+    address = None if database.id is None else database.address
+    return Task(member.name, database.home, database.server, target, template, near, member.tags, address)
 
 
 def source_of(repo: type[Repo]) -> Source:

@@ -271,7 +271,7 @@ class Runner:
 def _lost(task: Task, error: BaseException, life: int) -> Outcome[Migration]:
     failure = Failure(
         f"who had it was lost, {life} time{'s' if life > 1 else ''}: {line(repr(error))}; what was begun there is "
-        "rolled back to its last revision",
+        "rolled back to its last revision, but for what a script has committed itself",
         kind="lost",
     )
     return Outcome(task.name, task.home, 0.0, None, failure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Column, MetaData, Select, String, Table, select
@@ -12,7 +13,7 @@ from sqlalchemy.exc import ProgrammingError
 
 from ..across import Outcome, Outcomes, Target, fan_out
 from ..errors import sqlstate_of
-from ..pool import autocommit, vouch
+from ..pool import autocommit, limited, vouch
 from ..scripts import Revisions
 
 if TYPE_CHECKING:
@@ -30,15 +31,17 @@ def sweep(
 ) -> Outcomes[Revisions]:
     """The revisions that each of *targets* is at, as the answers come; through connections of their own.
 
-    One round trip each, beside the connect. A server that is down fails those on it, and delays no others.
+    One round trip each, beside the connect, with as much time again as that may take: somebody may have locked the
+    table. A server that is down fails those on it, and delays no others.
     """
-    table = databases.config.version_table
+    config = databases.config
 
     def ask(target: Target) -> Revisions:
         with databases.cache.transient(target.database) as connection:
             vouch(connection)
             autocommit(connection)
-            return read_revisions(connection, table)
+            with limited(connection, monotonic() + config.connect_timeout):
+                return read_revisions(connection, config.version_table)
 
     return fan_out(targets, ask, per_server=per_server)
 

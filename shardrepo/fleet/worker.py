@@ -29,7 +29,7 @@ from sqlalchemy.exc import DBAPIError
 from ..across import Outcome
 from ..errors import ConfigError, WrongDatabaseError, sqlstate_of
 from ..pool import set_autocommit
-from ..scripts import Revisions, Scripts, Source
+from ..scripts import Revisions, Scripts, Source, several
 from .env import HANDED, Handed
 from .lock import Lookout, take
 from .members import Selection, members
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 # https://www.postgresql.org/docs/current/errcodes-appendix.html: lock_not_available.
 _LOCKED: Final = "55P03"
 
-# Seconds before a second try, doubled for each further one, half of it more or less.
-_BACKOFF: Final = 0.5
+# Seconds before a second try, doubled for each further one up to the second number, half of it more or less.
+_BACKOFF: Final = (0.5, 8.0)
 
 # Held while Alembic works in this process.
 alembic_in_use: Final = threading.Lock()
@@ -143,18 +143,19 @@ def located(repo: type[Repo], task: Task) -> Database:
     """The database of *task*, as this process finds it.
 
     Raises:
-        WrongDatabaseError: It has another home here.
+        WrongDatabaseError: It is somewhere else here.
     """
     databases = repo._router.databases
     _list(databases, int(monotonic() // databases.config.directory_ttl))
     (member,) = members(repo, Selection(names=(task.near or task.name,))).found
     database = member.database if task.template is None else member.database.neighbour(task.template)
-    if database.home != task.home:
+    # Not by its home alone: an id is the same wherever it is.
+    if (database.home, database.address) != (task.home, task.place):
         raise WrongDatabaseError(
-            f"{task.name} was to be migrated in {task.home}, and is {database.home} for this process: nothing was "
-            "sent. See that both have the same directory",
-            expected=task.home,
-            found=database.home,
+            f"{task.name} was to be migrated in {task.place}, and is {database.address} for this process: nothing was "
+            "sent. See that both have the same directory; if it has moved, begin a new run",
+            expected=task.place,
+            found=database.address,
         )
     return database
 
@@ -170,29 +171,32 @@ def migrate(repo: type[Repo], database: Database, manner: Manner, task: Task) ->
     """Do in *database* what is to be done, in this process; again where a wait for somebody else's lock has ended it.
 
     Raises:
-        Failure: It could not be done. What was begun is rolled back to the last revision.
+        Failure: It could not be done. What was begun is rolled back to the last revision, but for what a script has
+            committed itself, as by an ``autocommit_block``: such a one is not tried again.
     """
+    run, pause = Run(repo._router.databases, database, manner, task), _BACKOFF[0]
     for attempt in count(1):
-        run = Run(repo._router.databases, database, manner, task)
         try:
             return run.migrate(attempt)
         except DBAPIError as error:
             failure = Failure.of(error, revision=run.revision, blockers=run.blockers)
-            if sqlstate_of(error) != _LOCKED or attempt > manner.lock_retries:
+            if sqlstate_of(error) != _LOCKED or run.is_torn or attempt > manner.lock_retries:
                 raise failure from error
         except Failure:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # of a script that ends the process, which would be begun anew
             raise Failure.of(error, revision=run.revision) from error
-        sleep(_BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))  # noqa: S311  # so that tries do not meet again
+        sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  # so that tries do not meet again
+        pause = min(pause * 2, _BACKOFF[1])
     raise AssertionError
 
 
 class Run:
-    """One try at one database.
+    """The migration of one database, which may be tried several times.
 
     Attributes:
-        revision: The revision that runs, None outside of one.
+        revision: The revision that runs, or was the last to; None before any has.
+        is_torn: Whether something of it is committed.
         blockers: Who stood in the way.
     """
 
@@ -202,17 +206,20 @@ class Run:
         self._manner = manner
         self._task = task
         self._scripts = Scripts.of(manner.source)
-        self._before: Revisions = ()
+        self._before: Revisions | None = None
         self._drift: tuple[str, ...] = ()
         self.revision: str | None = None
+        self.is_torn = False
         self.blockers: tuple[str, ...] = ()
 
     def migrate(self, attempt: int) -> Migration:
         """Take the lock, run what is to be run, and read where the database is then."""
         config, manner = self._databases.config, self._manner
+        self.revision, self.blockers = None, ()
         with self._databases.cache.transient(self._database) as connection:
             take(connection, manner.session, manner.lock_timeout, manner.patience, _stop_if_told)
             event.listen(connection, "before_cursor_execute", _stop_if_told)
+            event.listen(connection, "commit", self._note_commit)
             lookout = Lookout(self._databases, self._database, connection, manner.lock_timeout)
             try:
                 with lookout:
@@ -221,15 +228,17 @@ class Run:
                 self.blockers = lookout.seen
             self.revision = None
             set_autocommit(connection, True)
-            return Migration(self._before, read_revisions(connection, config.version_table), attempt, self._drift)
+            after = read_revisions(connection, config.version_table)
+            self._check_arrival(after)
+            return Migration(self._before or (), after, attempt, self._drift)
 
     def _run(self, connection: Connection) -> None:
         task, manner, config = self._task, self._manner, self._scripts.config
         work = self._check if manner.work == "check" else self._steps
-        given = {"destination_rev": task.target, "purge": manner.purge} if manner.work != "check" else {}
-        config.cmd_opts = Namespace(x=list(manner.x))
+        given = {"destination_rev": several(task.target), "purge": manner.purge} if manner.work != "check" else {}
         handed = Handed(self._databases, connection)
         with alembic_in_use:
+            config.cmd_opts = Namespace(x=list(manner.x))
             config.attributes[HANDED] = handed
             with EnvironmentContext(config, self._scripts.directory, fn=_only_on(connection, work), **given):
                 self._scripts.directory.run_env()
@@ -238,14 +247,31 @@ class Run:
 
     def _steps(self, heads: Revisions, _: MigrationContext) -> Iterator[Any]:
         """Alembic's steps, each noted when it is its turn."""
-        self._before = heads
+        self._note_start(heads)
         for step in self._scripts.steps(self._manner.work, self._task.target, heads):  # type: ignore[arg-type]  # no check
             self.revision = getattr(step, "revision", None) and step.revision.revision
+            self.is_torn = False
             yield step
+
+    def _note_start(self, heads: Revisions) -> None:
+        # Where it was before the first try: another one begins where that has come to.
+        self._before = heads if self._before is None else self._before
+
+    def _note_commit(self, _: Connection) -> None:
+        self.is_torn = True
+
+    def _check_arrival(self, after: Revisions) -> None:
+        """Make sure that nothing is left to do; for the way back, Alembic cannot be asked a second time."""
+        work, target = self._manner.work, self._task.target
+        # Where one branch depends on another, a stamp of several heads may take away what it has just noted.
+        if work in ("upgrade", "stamp") and self._scripts.steps(work, target, after):
+            raise Failure(
+                f"it is at {' '.join(after) or 'base'} after all was done that leads to {target}", kind="revision"
+            )
 
     def _check(self, heads: Revisions, context: MigrationContext) -> Sequence[Any]:
         """Compare the database with the models."""
-        self._before = heads
+        self._note_start(heads)
         if set(heads) != set(self._scripts.heads):
             raise Failure("it is not at head, where alone it can be compared with the models", kind="behind")
         metadata = context.opts["target_metadata"]

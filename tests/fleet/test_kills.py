@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -225,6 +226,31 @@ def test_ctrl_c_twice(gated: Project) -> None:
     assert gated.sql(first, "SELECT * FROM noted") == []
     assert gated.run("upgrade", "--resume", "last").returncode == 0
     check_done(gated)
+
+
+def test_ctrl_c_in_a_program_of_its_own(gated: Project) -> None:
+    """What is under way ends before its next statement, nothing is left running, and the program has its exception."""
+    first = min(gated.names)
+
+    def observe(_: fleet.Progress) -> None:
+        if waits():
+            raise KeyboardInterrupt
+
+    def run() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            fleet.upgrade(gated.repo, how=Rollout(jobs=1, lock_timeout=30), source=gated.source, observe=observe)
+
+    def is_closing() -> bool:
+        stack = traceback.walk_stack(sys._current_frames()[thread.ident or 0])
+        return any(frame.f_code.co_qualname == "Processes.close" for frame, _ in stack)
+
+    with closed(gated, first) as waits:
+        thread = threading.Thread(target=run)
+        thread.start()
+        await_(is_closing)
+    thread.join()
+    assert gated.revisions() == gated.all_at("0001")
+    assert workers() == []
 
 
 def test_a_run_is_not_taken_up_while_it_goes_on(gated: Project) -> None:

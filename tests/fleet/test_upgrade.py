@@ -130,6 +130,24 @@ def test_a_lock_that_goes_is_waited_for(make_project: Callable[..., Project]) ->
     project.revise("0001", None, USERS)
     fleet.upgrade(project.repo, source=project.source)
     project.revise("0002", "0001", AGE)
+    migration, tries = migrated_at_the_second_try(project)
+    assert migration.attempts == tries > 1
+
+
+def test_a_second_try_goes_on_where_the_first_has_come_to(make_project: Callable[..., Project]) -> None:
+    """What is reported is from where to where both have come."""
+    project = make_project(1)
+    project.revise("0001", None, USERS)
+    fleet.upgrade(project.repo, source=project.source)
+    project.revise("0002", "0001", NOTES)
+    project.revise("0003", "0002", AGE)
+    migration, _ = migrated_at_the_second_try(project)
+    assert (migration.before, migration.after) == (("0001",), ("0003",))
+
+
+def migrated_at_the_second_try(project: Project) -> tuple[fleet.Migration, int]:
+    """What becomes of the only database of *project*, whose table of users is in use until the second try; and how
+    many tries were seen to wait for it."""
     (name,) = project.names
     server = project.where[name]
     tried: set[int] = set()
@@ -148,7 +166,30 @@ def test_a_lock_that_goes_is_waited_for(make_project: Callable[..., Project]) ->
     how = Rollout(lock_timeout=1.0, lock_retries=20)
     fleet.upgrade(project.repo, how=how, source=project.source, observe=observe)
     (outcome,) = outcomes
-    assert outcome.result().attempts == len(tried) > 1
+    return outcome.result(), len(tried)
+
+
+def test_what_is_half_committed_is_not_tried_again(make_project: Callable[..., Project]) -> None:
+    """A script that waits too long for a lock after it has committed a part of what it does would do that twice."""
+    project = make_project(1)
+    project.revise("0001", None, f"{USERS}\n{NOTES}")
+    fleet.upgrade(project.repo, source=project.source)
+    project.revise(
+        "0002",
+        "0001",
+        f"""{NOTED.format("0002")}
+with op.get_context().autocommit_block():
+    {AGE}""",
+    )
+    (name,) = project.names
+    with project.where[name].connect(name, autocommit=False) as holder:
+        holder.execute("LOCK TABLE users IN ACCESS SHARE MODE")
+        how = Rollout(lock_timeout=0.1, lock_retries=2)
+        report = failed(lambda: fleet.upgrade(project.repo, how=how, source=project.source))
+    (cause,) = report.causes
+    assert (cause.failure.sqlstate, cause.failure.revision) == ("55P03", "0002")
+    assert project.sql(name, "SELECT revision FROM noted") == [("0002",)]
+    assert project.revision(name) == ["0001"]
 
 
 def test_a_database_that_somebody_else_migrates(make_project: Callable[..., Project]) -> None:
@@ -262,6 +303,24 @@ def test_cached_connections_are_replaced(make_project: Callable[..., Project]) -
     after = {name: pid for server in project.servers for pid, name in connections_of(server, repo_name(repo))}
     assert after[one] != before[one]
     assert after[other] == before[other]
+
+
+def test_cached_connections_are_replaced_where_a_part_was_done(make_project: Callable[..., Project]) -> None:
+    """A database whose second revision failed is of another schema than before, too."""
+    project = make_project(1)
+    project.revise("0001", None, USERS)
+    fleet.upgrade(project.repo, source=project.source)
+    repo, (name,) = project.repo, project.names
+    with repo.using(name):
+        repo.execute("SELECT 1")
+    (before,) = [pid for pid, of in connections_of(project.where[name], repo_name(repo)) if of == name]
+    project.revise("0002", "0001", "op.execute('ALTER TABLE users ALTER name TYPE varchar(40)')")
+    project.revise("0003", "0002", 'op.execute("SELECT 1 / 0")')
+    failed(lambda: fleet.upgrade(repo, source=project.source))
+    assert project.revision(name) == ["0002"]
+    with repo.using(name):
+        repo.execute("SELECT 1")
+    assert before not in [pid for pid, _ in connections_of(project.where[name], repo_name(repo))]
 
 
 def repo_name(repo: Any) -> str:
@@ -442,6 +501,42 @@ def test_databases_are_compared_with_the_models(project: Project) -> None:
     assert {name: "shoe_size" in " ".join(drift) for name, drift in report.drifted.items()} == {one: True}
     assert [cause.names for cause in report.causes] == [[other]]
     assert report.exit_code == 1
+
+
+def test_a_stamp_that_purges_mends_a_table_of_versions(make_project: Callable[..., Project]) -> None:
+    """Also where it has one revision too many, of which the other has all."""
+    project = make_project(1)
+    project.revise("0001", None, USERS)
+    project.revise("0002", "0001", AGE)
+    fleet.upgrade(project.repo, source=project.source)
+    (name,) = project.names
+    project.sql(name, "INSERT INTO alembic_version VALUES ('0001')")
+    fleet.stamp(project.repo, "head", how=Rollout(purge=True), source=project.source)
+    assert project.revision(name) == ["0002"]
+
+
+def test_a_stamp_that_does_not_arrive(make_project: Callable[..., Project]) -> None:
+    """A database that lacks one of several heads afterwards is reported, and not counted as being there."""
+    project = make_project(1)
+    project.revise("a1", None, NOTES)
+    project.revise("a2", "a1")
+    project.revise("b1", None)
+    project.revise("b2", "b1", depends_on="a1")
+    fleet.upgrade(project.repo, "a2", source=project.source)
+    fleet.upgrade(project.repo, "b1", source=project.source)
+    report = failed(lambda: fleet.stamp(project.repo, "heads", source=project.source))
+    assert (report.changed, report.causes.count) == (0, 1)
+    fleet.stamp(project.repo, "heads", source=project.source)
+    assert project.revisions() == project.all_at("a2", "b2")
+
+
+def test_a_script_that_ends_its_process(make_project: Callable[..., Project]) -> None:
+    """It is run once, and reported by what it raises."""
+    project = make_project(1)
+    project.revise("0001", None, f"{USERS}\nraise SystemExit('enough')")
+    report = failed(lambda: fleet.upgrade(project.repo, source=project.source))
+    (cause,) = report.causes
+    assert (cause.failure.kind, cause.failure.revision, str(cause.failure)) == ("SystemExit", "0001", "enough")
 
 
 def test_arguments_reach_the_scripts(project: Project) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy.engine import URL, make_url
 
 from shardrepo import DEFAULT, Choice, Config, ConfigError, Database
 from shardrepo.database import ADDRESS_PARAMETERS, checked, choose, database_from
+from shardrepo.directory import Location
 
 SECRET = "hunter2-s3cr3t"
 
@@ -488,6 +489,13 @@ def test_a_url_is_a_complete_address(url: str, home: str, rest: tuple[Any, ...])
 def test_a_url_that_says_too_little_or_too_much_is_refused(url: str, why: str) -> None:
     """A part that is missing, foreign or said twice is an error, never a default."""
     assert why in refused(make_url(url))
+
+
+def test_a_url_is_no_host() -> None:
+    """A directory that answers with one is refused, and what is in it is not repeated."""
+    with pytest.raises(ConfigError, match="not as a URL") as caught:
+        Location.of("shard01", "postgresql://app:sesame@db01/shard01")
+    assert "sesame" not in str(caught.value)
 
 
 def test_a_refused_url_shows_no_password() -> None:

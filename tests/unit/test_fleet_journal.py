@@ -352,7 +352,7 @@ def test_a_folder_in_the_journal_s_place(tmp_path: Path) -> None:
 
 def test_a_full_disk_at_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is done, no file is left open, and none behind."""
-    monkeypatch.setattr(journals, "_locked", lambda path, mode: path.touch() or full())
+    monkeypatch.setattr(journals, "_locked", lambda path: path.touch() or full())
     assert "No space left on device; nothing was done" in refused(lambda: Journal.begin(tmp_path, "upgrade", HEAD))
     assert runs(tmp_path) == []
 
@@ -360,7 +360,7 @@ def test_a_full_disk_at_the_beginning(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_full_disk_when_it_is_taken_up(tmp_path: Path, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run stays as it was."""
     journal.close()
-    monkeypatch.setattr(journals, "_locked", lambda path, mode: full())
+    monkeypatch.setattr(journals, "_locked", lambda path: full())
     assert "cannot be written: No space left" in refused(lambda: Journal.go_on(tmp_path, journal.run))
     assert names(read(tmp_path, journal.run).left()) == [["a"], ["b", "c"]]
 

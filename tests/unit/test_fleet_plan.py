@@ -250,7 +250,7 @@ def branched(tmp_path: Path) -> Scripts:
 @pytest.mark.parametrize(
     ("move", "target", "found", "expected"),
     [
-        ("upgrade", "head", (), ("behind", "head")),
+        ("upgrade", "head", (), ("behind", "four")),
         ("upgrade", "head", ("four",), ("at", None)),
         ("upgrade", "two", ("three",), ("ahead", None)),
         ("upgrade", "+1", ("one",), ("behind", "two")),
@@ -295,6 +295,15 @@ def test_what_cannot_be_done(line: Scripts, move: Work, target: str, found: Revi
 def test_a_stamp_that_purges(line: Scripts) -> None:
     """It does not matter where a database is."""
     assert Judge(line, "stamp", "two", purges=True).judge(("gone",)).target == "two"
+
+
+def test_a_target_is_named_by_its_revisions(branched: Scripts) -> None:
+    """What is a head here is none by that name elsewhere; on the way back it is given as it was asked for."""
+    assert Judge(branched, "upgrade", "heads").judge(()).target == "x y"
+    assert Judge(branched, "stamp", "heads").judge(("base1",)).target == "x y"
+    assert Judge(branched, "downgrade", "base").judge(("x",)).target == "base"
+    steps = branched.steps("upgrade", "x y", ("x",))
+    assert [step.revision.revision for step in steps] == ["y"]
 
 
 def test_only_a_stamp_purges(line: Scripts) -> None:
