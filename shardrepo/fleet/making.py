@@ -156,8 +156,7 @@ class Maker:
     def _make_ready(self, template: Database) -> None:
         if self._build(template, if_not_exists=True) is not None:
             return
-        (outcome,) = sweep(self._repo._router.databases, [Target(template.name, template)])
-        verdict = Judge(self._scripts, "upgrade", "heads").judge(outcome.result())
+        verdict = Judge(self._scripts, "upgrade", "heads").judge(self._revisions(template))
         if verdict.problem is not None:
             raise Failure(verdict.problem, kind="revision")
         if verdict.target is not None:
@@ -169,18 +168,36 @@ class Maker:
             return Made(None, self._build(database) or ())
         blueprint = Blueprint(self._template.name, owner=self._owner)
         self._repo._router.create_database(database, blueprint, if_not_exists=False)
-        return Made(self._template.name, self._scripts.heads)
+        with self._removed_again(database):
+            revisions = self._revisions(database)
+            if self._scripts.standing(revisions, self._scripts.heads) != "at":
+                raise Failure(
+                    f"it is a copy of {self._template.home}, which somebody has taken to "
+                    f"{' '.join(revisions) or 'base'} meanwhile: make it again",
+                    kind="revision",
+                )
+        return Made(self._template.name, revisions)
+
+    def _revisions(self, database: Database) -> Revisions:
+        (outcome,) = sweep(self._repo._router.databases, [Target(database.name, database)])
+        return outcome.result()
 
     def _build(self, database: Database, *, if_not_exists: bool = False) -> Revisions | None:
         """Make it empty and migrate it; None if it was there, and might be, which is then left as it is."""
         router = self._repo._router
         if not router.create_database(database, Blueprint(owner=self._owner), if_not_exists=if_not_exists):
             return None
-        try:
+        with self._removed_again(database):
             return self._migrate(database)
+
+    @contextmanager
+    def _removed_again(self, database: Database) -> Iterator[None]:
+        """Drop a database that was just made, if the block fails."""
+        try:
+            yield
         except BaseException as error:
             try:
-                router.drop_database(database, force=True, if_exists=True)
+                self._repo._router.drop_database(database, force=True, if_exists=True)
             except Exception as left:
                 error.add_note(f"{database.home} was made, and could not be removed again: {left}")
             raise

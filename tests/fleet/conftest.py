@@ -87,6 +87,8 @@ USERS = """op.create_table(
     sa.Column("name", sa.String(), nullable=False),
 )"""
 
+AGE = 'op.add_column("users", sa.Column("age", sa.Integer()))'
+
 _numbers = itertools.count(1)
 
 
@@ -199,6 +201,13 @@ class Project:
             check=False,
         )
 
+    def refused(self, *arguments: str, **environ: str) -> str:
+        """What the command says that refuses *arguments*: it exits with 2, and prints nothing else."""
+        done = self.run(*arguments, **environ)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert done.stderr.startswith("shardrepo: ")
+        return done.stderr
+
     def configure(self, **settings: Any) -> None:
         """Write its pyproject.toml: the repo, and other settings, none of them a table."""
         lines = [f"{name} = {json.dumps(value)}" for name, value in {"repo": self.path, **settings}.items()]
@@ -259,4 +268,11 @@ def project(make_project: Callable[..., Project]) -> Project:
     """A project of six databases on three servers, with a first revision that makes the table of its models."""
     project = make_project(6)
     project.revise("0001", None, USERS, 'op.drop_table("users")')
+    return project
+
+
+@pytest.fixture
+def configured(project: Project) -> Project:
+    """The project with its pyproject.toml."""
+    project.configure()
     return project

@@ -14,12 +14,9 @@ from typing import Any
 
 import pytest
 
-from shardrepo.testing.servers import Servers
-
 from ..conftest import await_
-from .conftest import Project
+from .conftest import AGE, Project
 
-MORE = 'op.add_column("users", sa.Column("age", sa.Integer()))'
 SELECTED: list[tuple[list[str], list[int]]] = [
     ([], [0, 1, 2, 3, 4, 5]),
     (["-d", "{0}", "-d", "{4}"], [0, 4]),
@@ -29,13 +26,6 @@ SELECTED: list[tuple[list[str], list[int]]] = [
     (["--from", "names.txt"], [1, 2]),
     (["--from", "-"], [5]),
 ]
-
-
-@pytest.fixture
-def configured(project: Project) -> Project:
-    """The project with its pyproject.toml."""
-    project.configure()
-    return project
 
 
 def lines_of_json(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -111,12 +101,12 @@ def test_a_run_is_taken_up_as_it_was(configured: Project) -> None:
     configured.run("upgrade")
     configured.sql(broken, "DROP TABLE users")
     assert configured.run("downgrade", "base").returncode == 1
-    assert "was to go to base, and not to 0001" in wrongly(configured, "downgrade", "0001", "--resume", "last")
-    assert "that is how it is taken up" in wrongly(configured, "upgrade", "--resume", "last")
+    assert "was to go to base, and not to 0001" in configured.refused("downgrade", "0001", "--resume", "last")
+    assert "that is how it is taken up" in configured.refused("upgrade", "--resume", "last")
     configured.sql(broken, "CREATE TABLE users ()")
     assert configured.run("downgrade", "--resume", "last").returncode == 0
     assert configured.revisions() == configured.all_at()
-    assert "downgrade where to? Name a revision" in wrongly(configured, "downgrade")
+    assert "downgrade where to? Name a revision" in configured.refused("downgrade")
 
 
 def test_the_budget_ends_it_too(configured: Project) -> None:
@@ -150,7 +140,7 @@ def test_one_that_fails_can_be_tried_again_by_itself(configured: Project) -> Non
 
 def test_breadth_first(configured: Project) -> None:
     """With --breadth, one revision is a part of its own, over all databases, before the next one."""
-    configured.revise("0002", "0001", MORE)
+    configured.revise("0002", "0001", AGE)
     plan = configured.run("upgrade", "--breadth", "--plan")
     assert [line.split(":")[0].strip() for line in plan.stdout.splitlines()[1:]] == ["0001, stage 1", "0002, stage 1"]
     assert configured.run("upgrade", "--breadth").returncode == 0
@@ -172,7 +162,7 @@ def test_what_differs_from_the_models_is_shown(configured: Project) -> None:
 def test_sql_is_written_for_each_revision_that_databases_are_at(configured: Project) -> None:
     """With --sql nothing is run: it is written once for each, or for the range that is named, asking no database."""
     configured.run("upgrade", "-d", configured.names[0])
-    configured.revise("0002", "0001", MORE)
+    configured.revise("0002", "0001", AGE)
     done = configured.run("upgrade", "--sql")
     assert done.returncode == 0
     assert f"-- 1 databases at 0001: {configured.names[0]}\n" in done.stdout
@@ -305,7 +295,7 @@ def test_a_revision_is_written(configured: Project) -> None:
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr == "shardrepo: revision 0002: division by zero\n"
     configured.revise("0003", "0001")
-    assert "Multiple heads are present" in wrongly(configured, "revision", "-m", "more")
+    assert "Multiple heads are present" in configured.refused("revision", "-m", "more")
     assert len(list(versions.glob("*.py"))) == 3
 
 
@@ -340,200 +330,6 @@ def test_databases_are_made_and_dropped(configured: Project) -> None:
     assert configured.run("drop", "--yes", name).returncode == 0
 
 
-# Bad input
-
-
-def wrongly(project: Project, *arguments: str, **environ: str) -> str:
-    """Run the command, which is to find fault with what it was given; returns what it says."""
-    done = project.run(*arguments, **environ)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert done.stderr.startswith("shardrepo: ")
-    return done.stderr
-
-
-def test_no_repo_is_configured(project: Project) -> None:
-    """It says the three places where one can be named; each of them does."""
-    assert 'write repo = "app.repo:MyRepo" under [tool.shardrepo]' in wrongly(project, "status")
-    assert project.run("history", "--repo", project.path).returncode == 0
-    assert project.run("history", SHARDREPO_REPO=project.path).returncode == 0
-    project.configure()
-    assert project.run("history").returncode == 0
-
-
-def test_a_flag_is_stronger_than_the_environment_and_that_than_the_file(project: Project) -> None:
-    """In that order, for each setting by itself; paths are relative to the folder of pyproject.toml, from anywhere."""
-    project.configure(script_location="of_the_file")
-    assert "of_the_file" in wrongly(project, "history")
-    assert "of_the_environment" in wrongly(project, "history", SHARDREPO_SCRIPT_LOCATION="of_the_environment")
-    told = wrongly(
-        project, "history", "--script-location", "of_the_flag", SHARDREPO_SCRIPT_LOCATION="of_the_environment"
-    )
-    assert str(project.root / "of_the_flag") in told
-
-
-def test_the_repos_own_scripts_are_used(make_project: Callable[..., Project]) -> None:
-    """Where only the repo's config says where they are, a folder of the usual name is not taken for them."""
-    project = make_project(script_location="elsewhere")
-    project.configure()
-    assert str(project.root / "elsewhere") in wrongly(project, "history")
-
-
-@pytest.mark.parametrize(
-    ("path", "said"),
-    [
-        ("{module}", "a repo is named as module:name, like app.repo:MyRepo"),
-        ("nowhere:MyRepo", "cannot be imported: No module named 'nowhere'"),
-        ("{module}:Nothing", "has no attribute 'Nothing'"),
-        ("{module}:Base", "not a repo"),
-        ("shardrepo:Repo", "name a subclass of Repo that has a config"),
-    ],
-)
-def test_what_is_named_is_no_repo(project: Project, path: str, said: str) -> None:
-    """It says what that is instead, or why it cannot be imported."""
-    assert said in wrongly(project, "status", "--repo", path.format(module=project.module))
-
-
-def test_settings_that_there_are_not(project: Project) -> None:
-    """A misspelt one is named with its file and the one that was meant; so is one of the wrong kind."""
-    project.configure(max_failure=3)
-    told = wrongly(project, "status")
-    assert "did you mean 'max_failures'?" in told
-    assert str(project.root / "pyproject.toml") in told
-    project.configure(jobs="many")
-    assert "jobs must be an integer" in wrongly(project, "upgrade")
-    (project.root / "pyproject.toml").write_text("[tool.shardrepo")
-    assert "pyproject.toml cannot be read" in wrongly(project, "status")
-
-
-def test_nothing_is_selected(configured: Project) -> None:
-    """A name, pattern, server, run or list that selects nothing is an error that says so; nothing is done."""
-    server = configured.servers[0]
-    for flags, said in [
-        (["-d", "nobody"], "the directory knows no database 'nobody'"),
-        (["-d", configured.names[0], "-d", "nobody"], "the directory knows no database 'nobody'"),
-        (["--match", "x*"], "match=x* selects none of 6 databases"),
-        (["--server", "127.0.0.2"], "did you mean '127.0.0.1'?"),
-        (["--failed", "last"], "no run 'last'"),
-        (["--from", "missing.txt"], "--from missing.txt: "),
-        (["--from", "-"], "--from - names no database"),
-        (["--resume", "20010101"], "no run '20010101'"),
-        (["--resume", "last", "--server", server.host], "it takes no selection"),
-        (["--resume", "last", "--plan"], "it takes no selection, --plan or --sql"),
-    ]:
-        assert said in wrongly(configured, "upgrade", *flags)
-    assert not any(configured.revisions().values())
-
-
-def test_a_wrong_number_is_refused(configured: Project) -> None:
-    """Of databases in a stage, of failures, of seconds."""
-    for flags, said in [
-        (["--canary", "few"], "the size of a stage must be a number of databases"),
-        (["--then", "120%"], "the size of a stage must be"),
-        (["--max-failures", "-1"], "max_failures must be"),
-        (["--lock-timeout", "0"], "lock_timeout must be a positive number of seconds"),
-        (["--executor", "spark://host"], "an executor is named as dask://host:port"),
-    ]:
-        assert said in wrongly(configured, "upgrade", *flags)
-    assert configured.run("upgrade", "--jobs", "0").returncode == 2
-    assert configured.run("upgrade", "--nonsense").returncode == 2
-    assert not any(configured.revisions().values())
-
-
-def test_a_revision_that_there_is_not(configured: Project) -> None:
-    """It is refused before any database is asked; where there are several heads, those are named."""
-    assert "'0009' names no revision of these migrations" in wrongly(configured, "upgrade", "0009")
-    configured.revise("0002", "0001")
-    configured.revise("0003", "0001", MORE)
-    assert "(heads: 0002, 0003); name one, or `heads`" in wrongly(configured, "upgrade")
-    assert not any(configured.revisions().values())
-    assert configured.run("upgrade", "heads").returncode == 0
-    assert configured.revisions() == {name: ["0002", "0003"] for name in configured.names}
-
-
-def test_a_database_at_a_revision_without_a_script(configured: Project) -> None:
-    """It fails by itself and stays as it is, the others are done; the status counts it."""
-    configured.run("upgrade", "-d", configured.names[3])
-    configured.sql(configured.names[3], "UPDATE alembic_version SET version_num = 'ffff'")
-    done = configured.run("upgrade")
-    assert done.returncode == 1
-    assert "5 changed, 1 failed" in done.stdout
-    assert "it is at revision ffff, of which these migrations have no script" in done.stdout
-    assert configured.revision(configured.names[3]) == ["ffff"]
-    status = configured.run("status")
-    assert status.returncode == 1
-    assert f"unknown: {configured.names[3]}" in status.stdout
-
-
-def test_scripts_that_cannot_be_loaded(configured: Project) -> None:
-    """The script's own error is told, and nothing is connected to."""
-    configured.revise("0002", "0001")
-    (configured.root / "migrations" / "versions" / "0002.py").write_text("revision = '0002'\nimport nothing_such\n")
-    assert "cannot be loaded: ModuleNotFoundError: No module named 'nothing_such'" in wrongly(configured, "upgrade")
-
-
-def test_a_server_that_is_not_reached(configured: Project, servers: Servers) -> None:
-    """It is told once, the databases of the others are done, and the exit code is 1."""
-    gone, module = servers[2].port, configured.root / f"{configured.module}.py"
-    module.write_text(module.read_text().replace(f"'port': {gone}", "'port': 1"))
-    done = configured.run("upgrade")
-    assert done.returncode == 1
-    assert done.stdout.startswith("upgrade head: 4 changed")
-    assert done.stdout.count("127.0.0.1:1") >= 1
-    assert "could not be listed, and are left out" in done.stdout
-    assert len(done.stdout.splitlines()) < 10
-    reached = [name for name in configured.names if configured.where[name].port != gone]
-    assert {name for name, revision in configured.revisions().items() if revision} == set(reached)
-    status = configured.run("status")
-    assert (status.returncode, "could not be listed" in status.stdout) == (1, True)
-    for command in (["ping"], ["current"], ["databases"], ["exec", "SELECT 1"]):
-        listed = configured.run(*command)
-        assert listed.returncode == 1
-        assert all(name in listed.stdout for name in reached)
-        assert "127.0.0.1:1" in listed.stderr
-    behind = configured.run("upgrade", "--behind")
-    assert (behind.returncode, behind.stdout) == (1, "")
-    assert "nobody knows which databases of 127.0.0.1:1 are behind" in behind.stderr
-
-
-def test_a_directory_that_lies(make_project: Callable[..., Project], servers: Servers) -> None:
-    """A name that it puts on a server without such a database fails there, by name."""
-    server = servers[0]
-    project = make_project(directory={"gone": {"host": server.host, "port": server.port, "password": server.password}})
-    project.revise("0001", None)
-    project.configure()
-    done = project.run("upgrade")
-    assert done.returncode == 1
-    assert "1 x UnknownDatabaseError" in done.stdout
-    assert "gone" in done.stdout
-
-
-def test_a_journal_that_cannot_be_written(configured: Project) -> None:
-    """Nothing is done without a record: it says which folder, and no database is touched."""
-    (configured.root / "taken").write_text("")
-    told = wrongly(configured, "upgrade", "--journal", "taken")
-    assert str(configured.root / "taken") in told
-    assert "nothing was done" in told
-    assert not any(configured.revisions().values())
-
-
-def test_a_repo_that_only_reads(make_project: Callable[..., Project]) -> None:
-    """It looks at its databases, and migrates none."""
-    project = make_project(1, read_only=True)
-    project.revise("0001", None)
-    project.configure()
-    assert project.run("status").returncode == 1
-    for command in (["upgrade"], ["create", "x", "--server", "127.0.0.1"]):
-        assert "read_only=True" in wrongly(project, *command)
-
-
-def test_without_the_extra_it_says_what_to_install() -> None:
-    """The library is installed without what the command is made of."""
-    program = "import sys; sys.modules['typer'] = None; from shardrepo.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", program, "status"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "shardrepo: the command needs typer, which is not installed: pip install 'shardrepo[cli]'\n"
-
-
 # On the way
 
 
@@ -559,12 +355,9 @@ def begun(configured: Project) -> Iterator[subprocess.Popen[str]]:
         (configured.root / "go_on").touch()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_once_it_finishes_what_it_has_begun(
-    configured: Project, begun: subprocess.Popen[str], number: signal.Signals
-) -> None:
+def test_terminated_it_finishes_what_it_has_begun(configured: Project, begun: subprocess.Popen[str]) -> None:
     """It says so at once, begins nothing more, exits with 130, and can be taken up where it was."""
-    begun.send_signal(number)
+    begun.send_signal(signal.SIGTERM)
     assert begun.stderr is not None
     assert "finishing what is under way" in begun.stderr.readline()
     (configured.root / "go_on").touch()
@@ -574,18 +367,6 @@ def test_interrupted_once_it_finishes_what_it_has_begun(
     assert sum(map(bool, configured.revisions().values())) == 1
     assert configured.run("upgrade", "--resume", "last").returncode == 0
     assert sum(map(bool, configured.revisions().values())) == 3
-
-
-def test_interrupted_twice_it_stops_between_two_statements(configured: Project, begun: subprocess.Popen[str]) -> None:
-    """What was under way is rolled back, and nothing waits for it."""
-    assert begun.stderr is not None
-    begun.send_signal(signal.SIGINT)
-    begun.stderr.readline()
-    begun.send_signal(signal.SIGINT)
-    out, _ = begun.communicate()
-    assert begun.returncode == 130
-    assert "interrupted" in out
-    assert not any(configured.revisions().values())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

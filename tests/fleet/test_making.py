@@ -15,9 +15,8 @@ from shardrepo.errors import ConnectError
 from shardrepo.testing.servers import Server, Servers
 
 from ..conftest import run_sql
-from .conftest import USERS, Project
+from .conftest import AGE, USERS, Project
 
-MORE = 'op.add_column("users", sa.Column("age", sa.Integer()))'
 IMPOSSIBLE = 'op.execute("SELECT 1/0")'
 
 
@@ -100,7 +99,7 @@ def test_a_template_that_is_behind_is_brought_to_head(copied: Project, template:
     (server, *_) = copied.servers
     create(copied, *named(copied, "old"), on=server)
     run_sql(server, template, "INSERT INTO users VALUES (1, 'everywhere')")
-    copied.revise("0002", "0001", MORE)
+    copied.revise("0002", "0001", AGE)
     (made,) = create(copied, *named(copied, "new"), on=server)
     assert made.result().revisions == ("0002",)
     assert copied.revision(made.name) == ["0002"]

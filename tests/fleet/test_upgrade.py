@@ -20,12 +20,10 @@ from shardrepo.fleet.lock import KEY
 from shardrepo.testing.servers import Servers
 
 from ..conftest import LONG, await_, connections_of
-from .conftest import USERS, Project
+from .conftest import AGE, USERS, Project
 from .workers import workers
 
 pytestmark = pytest.mark.fleet
-
-AGE = 'op.add_column("users", sa.Column("age", sa.Integer()))'
 
 # What a script does that notes where and when it ran.
 NOTED = "op.execute(\"INSERT INTO noted (revision, database) VALUES ('{0}', current_database())\")"
