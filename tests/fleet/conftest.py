@@ -190,7 +190,9 @@ class Project:
 
     def run(self, *arguments: str, stdin: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
         """Run the command in its folder."""
-        command = [sys.executable, "-W", "error", "-m", "shardrepo", *arguments]
+        # But for what old versions of others warn of, new ones of what they use being there.
+        warnings = ("-W", "error", "-W", "ignore::DeprecationWarning")
+        command = [sys.executable, *warnings, "-m", "shardrepo", *arguments]
         return subprocess.run(
             command,
             cwd=self.root,

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import pytest
+from psycopg import pq
 from sqlalchemy import select, text
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
@@ -462,7 +463,8 @@ def test_the_time_is_that_of_the_whole_visit(repo: type[Repo], names: list[str],
     work = list(lengthy(repo))[number]
     (outcome,) = repo.across(names[:1], timeout=0.3).map(work)
     assert isinstance(outcome.error, OperationalError | TransactionDoomedError)
-    await_connections(server, "swept", [])
+    if pq.version() >= 170000:  # an older one cannot ask the server to stop, which goes on until it is done
+        await_connections(server, "swept", [])
     assert repo.stats().in_use == 0
 
 
