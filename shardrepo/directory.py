@@ -333,9 +333,17 @@ class Whereabouts:
 
         Raises:
             ConfigError: It lists a name twice, and nobody knows which is meant.
+            ListingError: It could not list all; what it could is remembered too.
         """
-        with self._apart():
-            listed = sorted(self._directory.list_databases(self._connect), key=lambda location: location.name)
+        try:
+            with self._apart():
+                listed = list(self._directory.list_databases(self._connect))
+        except ListingError as error:
+            self._learn_all(error.found)
+            raise
+        return self._learn_all(listed)
+
+    def _learn_all(self, listed: Iterable[Location]) -> list[Location]:
         found: dict[str, Location] = {}
         for location in listed:
             if found.setdefault(location.name, location) != location:
@@ -345,7 +353,7 @@ class Whereabouts:
                 )
         for location in found.values():
             self._learn(location.name, location)
-        return list(found.values())
+        return sorted(found.values(), key=lambda location: location.name)
 
     def _ask(self, name: str) -> Location | None:
         mine: Future[Location | None] = Future()

@@ -598,7 +598,9 @@ def test_only_so_many_names_are_remembered(
 def test_a_template_is_not_listed(
     make_repo: Callable[..., type[Repo]], server: Server, shards: dict[str, Server]
 ) -> None:
-    """What the config names as the servers' template is none of the databases, also where a server does not answer."""
+    """What the config names as the servers' template is none of the databases, nor of those that are known when a
+    server does not answer, which are remembered all the same.
+    """
     template, *others = [name for name, on in shards.items() if on is server]
     down = {"host": "127.0.0.1", "port": 1}
     repo = make_repo("postgres", directory=Servers([address(server)], like="db%"), template_database=template)
@@ -610,6 +612,10 @@ def test_a_template_is_not_listed(
         half.databases()
     assert [each.name for each in caught.value.found] == found
     assert list(caught.value.failures) == ["127.0.0.1:1"]
+    asked = half.stats().attempts
+    with half.using(others[0]):
+        assert half.get_database().port == server.port
+    assert half.stats().attempts == asked
 
 
 def test_what_a_listing_says_is_remembered(
