@@ -71,11 +71,11 @@ def take(connection: Connection, name: str, lock_timeout: float, patience: float
             return connection.execute(question, given).all()
 
     parameters = {"name": name, "lock_timeout": f"{lock_timeout * 1000:.0f}ms", "key": KEY}
-    deadline, pause = monotonic() + patience, _POLL[0]
+    until, pause = monotonic() + patience, _POLL[0]
     set_autocommit(connection, True)
     while not ask(_TAKE, **parameters)[0][2]:
         check()
-        if monotonic() > deadline:
+        if monotonic() > until:
             holders = tuple(_shown(row) for row in ask(_HOLDERS))
             raise Failure(
                 f"another migration of this database has held its lock for {patience:.0f} s",

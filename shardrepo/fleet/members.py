@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -15,6 +16,7 @@ from ..errors import ConfigError, ListingError, UnknownDatabaseError
 from .lines import some
 
 if TYPE_CHECKING:
+    from ..databases import Databases
     from ..repo import Repo
 
 
@@ -127,6 +129,8 @@ def members(repo: type[Repo], where: Selection = ALL) -> Members:
     """
     databases = repo._router.databases
     failures: Mapping[str, Exception] = {}
+    if len(where.names) > 1:
+        learn_places(databases)
     try:
         known = _named(where.names, databases.location) if where.names else databases.listed()
     except ListingError as error:
@@ -141,6 +145,12 @@ def _selected(where: Selection, found: Sequence[Member], failures: Mapping[str, 
     if (found or failures) and not selected and not missed:
         raise ConfigError(f"{_said(where)} selects none of {len(found)} databases{_hint(where, found, failures)}")
     return Members(selected, missed)
+
+
+def learn_places(databases: Databases) -> None:
+    """Have the directory list all, if it can, before it is asked for several: some ask all servers for each."""
+    with suppress(Exception):
+        databases.listed()
 
 
 def _named(names: Iterable[str], locate: Callable[[str], Location]) -> Sequence[Location]:

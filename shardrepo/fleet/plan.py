@@ -106,16 +106,13 @@ class Stage:
         return (self.match is None or fnmatchcase(name, self.match)) and (self.tag is None or self.tag in tags)
 
 
-NONE: Final = Share(0)
-
-
 def canary(size: object) -> Stage:
     """A first stage that is to show whether the rest is safe: none of it may fail.
 
     Raises:
         ConfigError: *size* is none.
     """
-    return Stage(size=_size(size), max_failures=NONE)
+    return Stage(size=_size(size), max_failures=Share(0))
 
 
 def _size(given: object) -> Share | None:

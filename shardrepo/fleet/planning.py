@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -15,7 +14,7 @@ from ..database import Database
 from ..errors import ConfigError, ConnectError, ReadOnlyError
 from ..scripts import Revisions, Scripts, Source, location_of
 from .lines import line, some, unlisted
-from .members import Member, Members, Selection, members, targets_of
+from .members import Member, Members, Selection, learn_places, members, targets_of
 from .outcomes import Failure, Migration
 from .plan import Judge, Part, Share, Stage, Task, Work, in_rounds, staged
 from .report import Report
@@ -190,8 +189,7 @@ class Planner:
 
     def locate(self, names: Iterable[str]) -> Iterator[tuple[str, Member | Exception]]:
         """Where *names* are now, or why nobody knows."""
-        with suppress(Exception):
-            self._databases.listed()  # some directories ask all servers for each name that they have not listed
+        learn_places(self._databases)
         for name in names:
             try:
                 (member,) = members(self._repo, Selection(names=(name,))).found

@@ -12,7 +12,6 @@ import random
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -32,7 +31,7 @@ from ..pool import set_autocommit
 from ..scripts import Revisions, Scripts, Source, several
 from .env import HANDED, Handed
 from .lock import Lookout, take
-from .members import Selection, members
+from .members import Selection, learn_places, members
 from .outcomes import Failure, Migration
 from .plan import Task, Work
 from .sweep import read_revisions
@@ -162,9 +161,8 @@ def located(repo: type[Repo], task: Task) -> Database:
 
 @lru_cache(maxsize=8)
 def _list(databases: Databases, _: int) -> None:
-    """Learn where all databases are, for as long as that is believed: some directories ask all servers each time."""
-    with suppress(Exception):
-        databases.listed()
+    """Learn where all databases are, once for as long as that is believed."""
+    learn_places(databases)
 
 
 def migrate(repo: type[Repo], database: Database, manner: Manner, task: Task) -> Migration:

@@ -369,3 +369,10 @@ def test_a_locked_version_table_is_not_waited_for_without_end(make_project: Call
         holder.execute("LOCK TABLE alembic_version")
         status = fleet.status(project.repo, source=project.source)
     assert (len(status.standings["at"]), [cause.names for cause in status.causes]) == (2, [[name]])
+
+
+def test_many_names_are_one_question_to_each_server(project: Project) -> None:
+    """Those that are selected by their names are found by one listing, and not each by itself."""
+    found = fleet.members(project.repo, Selection(names=tuple(project.names))).found
+    assert [member.database.home for member in found] == [project.home(name) for name in project.names]
+    assert project.repo.stats().attempts == len(project.servers)
