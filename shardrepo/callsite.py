@@ -13,10 +13,12 @@ from typing import Final
 
 import sqlalchemy
 
-# Frames of these are not the user's.
+# Frames of these are not the user's; the driver is beside SQLAlchemy, and is not loaded for this.
+_ORM: Final = Path(sqlalchemy.__file__ or "").parent
 _LIBRARIES: Final = (
-    *(str(Path(file or "").parent) + os.sep for file in (__file__, sqlalchemy.__file__)),
+    *(str(folder) + os.sep for folder in (Path(__file__).parent, _ORM, _ORM.with_name("psycopg"))),
     contextlib.__file__,
+    "<sqlalchemy",
 )
 
 

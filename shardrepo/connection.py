@@ -25,7 +25,7 @@ from .database import Database
 
 # DISCARD ALL without its DEALLOCATE ALL and DISCARD PLANS, so that prepared statements stay, in one round
 # trip (https://www.postgresql.org/docs/current/sql-discard.html).
-_RESET: Final = (
+RESET: Final = (
     "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; UNLISTEN *; "
     "SELECT pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES"
 )
@@ -93,9 +93,9 @@ class DriverConnection(psycopg.Connection[Any]):
         if self._deadline is None:
             return super().wait(gen, *args, **kwargs)
         try:
-            return _until(self._deadline, gen, self.pgconn.socket)
+            return until(self._deadline, gen, self.pgconn.socket)
         except (NoAnswer, KeyboardInterrupt):
-            self._abort()
+            self._give_up(gen)
             raise
 
     def add_notice_handler(self, callback: Any) -> None:
@@ -143,7 +143,7 @@ class DriverConnection(psycopg.Connection[Any]):
         self.begin_as(None, read_only=False, deferrable=False)
         self.autocommit = True
         if not self.pooled:
-            self.execute(_RESET, prepare=False)
+            self.execute(RESET, prepare=False)
         self.leaves_traces = False
 
     def test(self, seconds: float) -> None:
@@ -162,7 +162,7 @@ class DriverConnection(psycopg.Connection[Any]):
         object.__setattr__(self, "_deadline", deadline)
         return before
 
-    def _abort(self) -> None:
+    def _give_up(self, _exchange: Any) -> None:
         """Close, after asking the server to stop, which may go unheard."""
         if _CAN_CANCEL:
             with suppress(psycopg.Error):
@@ -220,7 +220,7 @@ class NoAnswer(psycopg.OperationalError):
     """The server did not answer in time."""
 
 
-def _until(deadline: float, exchange: Any, socket: int) -> Any:
+def until(deadline: float, exchange: Any, socket: int) -> Any:
     """Go through an exchange with the server as psycopg's own `waiting.wait` does, but not beyond *deadline*."""
     try:
         if deadline <= monotonic():

@@ -56,6 +56,8 @@ class Context:
         self._choice: ContextVar[Selection[Choice]] = ContextVar(f"{name} choice", default=Selection())  # noqa: B039  # frozen
         self._options: ContextVar[Selection[CallOptions]] = ContextVar(f"{name} options", default=Selection())  # noqa: B039
         self._held: ContextVar[Held | None] = ContextVar(f"{name} held", default=None)
+        # The sandbox that whoever runs belongs to.
+        self.sandbox: ContextVar[Any] = ContextVar(f"{name} sandbox", default=None)
 
     @property
     def choice(self) -> Choice | None:
@@ -147,18 +149,19 @@ class Context:
     def carry(self, function: Callable[P, T]) -> Callable[P, T]:
         """Wrap *function* so that it runs with this context's choice in whatever thread calls it."""
         check_plain(function, "carry()", "use `with repo.using(...)` inside it")
-        choice, held = self._choice.get(), self._held.get()
+        variables: tuple[ContextVar[Any], ...] = (self._choice, self._held, self.sandbox)
+        values = [variable.get() for variable in variables]
 
         @wraps(function)
         def carried(*args: P.args, **kwargs: P.kwargs) -> T:
-            before, outer = self._choice.get(), self._held.get()
-            self._choice.set(choice)
-            self._held.set(held)
+            before = [variable.get() for variable in variables]
+            for variable, value in zip(variables, values, strict=True):
+                variable.set(value)
             try:
                 return function(*args, **kwargs)
             finally:
-                self._choice.set(before)
-                self._held.set(outer)
+                for variable, value in zip(variables, before, strict=True):
+                    variable.set(value)
 
         return carried
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NoReturn, Self, TypeAlias, TypedDict, cast
 
@@ -207,6 +207,15 @@ DEFAULT: Final = Choice()
 """The choice of the repo's default database, by name rather than by choosing nothing."""
 
 Chosen: TypeAlias = "str | Mapping[str, Any] | URL | Database | Choice | None"
+
+
+def several(databases: Any, what: str, remedy: str) -> Iterable[Any]:
+    """*databases*, unless that is one of what it should be several of. Raises `ConfigError` then."""
+    if isinstance(databases, str | Mapping | URL | Database | Choice) or not isinstance(databases, Iterable):
+        raise ConfigError(
+            f"{what} takes a list of databases, not one {type(databases).__name__}: put it into brackets, {remedy}"
+        )
+    return databases
 
 
 def choose(given: Chosen, options: Mapping[str, Any]) -> Choice | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.util import memoized_property  # functools' own locks before Python 3.12, which no fork survives
 
-from .config import Config, ConfigSource
+from .config import Config, ConfigSource, checked_flag
 from .context import Context
-from .database import Choice, Chosen, Database, choose
+from .database import Choice, Chosen, Database, choose, several
 from .directory import Directory, Location, Whereabouts
 from .errors import ConfigError, ListingError, NoDatabaseError, WrongDatabaseError
 from .listeners import Listeners
 from .pool import autocommit, vouch
+from .sandbox import Sandbox, Sandboxes
 
 if TYPE_CHECKING:
     from .engines import ConnectionCache
@@ -82,6 +83,30 @@ class Databases:
             if made is None:
                 made = self.__dict__["cache"] = ConnectionCache(self.config, self.listeners, self._configure)
             return made
+
+    @memoized_property
+    def sandboxes(self) -> Sandboxes:
+        with self._lock:
+            made: Sandboxes | None = self.__dict__.get("sandboxes")
+            return made or Sandboxes(self.context, self.cache.lending)
+
+    def sandbox(self, databases: Iterable[Chosen] | None, *, shared: bool, check_deferred: bool) -> Sandbox:
+        """A sandbox, which begins when it is entered; over *databases*, if they are given."""
+        remedy = "or give nothing for all that are used"
+        named = None if databases is None else several(databases, "sandbox()", remedy)
+        return Sandbox(
+            self.sandboxes,
+            self.resolve,
+            self.config.maintenance_database,
+            homes=None if named is None else frozenset(self.resolve(choose(each, {})).home for each in named),
+            shared=checked_flag("shared")(shared),
+            check_deferred=checked_flag("check_deferred")(check_deferred),
+        )
+
+    def check_undoable(self, operation: str) -> None:
+        """Raise `SandboxError` if the caller is in a sandbox, which could not undo *operation*."""
+        if "sandboxes" in self.__dict__:
+            self.sandboxes.check_undoable(operation)
 
     @property
     def directory(self) -> Directory | None:

@@ -35,7 +35,7 @@ from .errors import DatabaseStateError, ServerUnavailableError
 from .housekeeper import Housekeeper
 from .ledger import Ledger
 from .listeners import Listeners
-from .pool import Books, LedgerPool, close, perform
+from .pool import Books, LedgerPool, Lending, borrower, close, perform
 from .session import check_parameter
 from .stats import Stats
 
@@ -181,7 +181,8 @@ class ConnectionCache:
         self.config = config
         self.listeners = listeners
         self._configure = configure
-        self.ledger: Books = Ledger(config.pool_size, config.bounds, config.ages, MAX_CONNECTING)
+        self.lending = Lending()
+        self.ledger: Books = Ledger(config.pool_size, config.bounds, config.ages, MAX_CONNECTING, borrower)
         self.housekeeper = Housekeeper(self.ledger, self.config.warn_after)
         self._start_empty()
         weakref.finalize(self, _close_idle, self.ledger)
@@ -267,6 +268,7 @@ class ConnectionCache:
             settings=self.config,
             attend=self.housekeeper.attend,
             listeners=self.listeners,
+            lending=self.lending,
             query_cache_size=0,
             **self.config.engine_options,
         )

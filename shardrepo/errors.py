@@ -49,6 +49,11 @@ class RepoDisposedError(ShardRepoError):
     """The repo was disposed; it opens no connection any more."""
 
 
+class SandboxError(ShardRepoError):
+    """A thread belongs to no sandbox, or to one that is over; a database is none of a sandbox's; or one was left, and
+    something could not be undone."""
+
+
 class WrongDatabaseError(ShardRepoError):
     """An object, a transaction or an answering server belongs to another database.
 

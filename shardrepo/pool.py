@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -70,6 +71,9 @@ _VERDICTS: Final[Mapping[Unavailable, Verdict]] = {
 # How many of those who hold a connection longest a timeout names.
 _NAMED: Final = 3
 
+# Whom a connection is taken for, where that is not the running thread.
+on_behalf_of: Final[ContextVar[object | None]] = ContextVar("on behalf of", default=None)
+
 
 class CachedConnection(_ConnectionRecord):
     """One connection of the cache, as SQLAlchemy's pools see it.
@@ -84,14 +88,14 @@ class CachedConnection(_ConnectionRecord):
 
     dbapi_connection: DriverConnection | None  # type: ignore[assignment]  # no other driver comes here
 
-    def __init__(self, pool: LedgerPool, entry: Entry[object, CachedConnection]) -> None:
+    def __init__(self, pool: LedgerPool, entry: Entry[object, CachedConnection], *, connect: bool = True) -> None:
         self.entry = entry
         self.pool = pool
         self.ledger = pool.ledger
         self.vouched = self.warned = False
         self.taken: CallSite | None = None
         self.opened_at = monotonic()
-        super().__init__(pool)
+        super().__init__(pool, connect)
 
     def get_connection(self) -> Any:
         # SQLAlchemy's own also compares times of the wall clock, and connects anew past the ledger.
@@ -106,13 +110,17 @@ class CachedConnection(_ConnectionRecord):
             if self.dbapi_connection is not None:
                 # What holds it may still be finalised, and would use it while another thread closes it.
                 self.dbapi_connection.lose()
-            self.ledger.reclaimed(self.entry)
+            self.reclaimed()
         elif fairy is None or self.finalize_callback or self.pool.dispatch.checkin:
             _ConnectionRecord.checkin(self, _fairy_was_created)
         else:
             # What SQLAlchemy's own comes down to when nobody listens, without its three calls.
             self.fairy_ref = None
             self.give_back()
+
+    def reclaimed(self) -> None:
+        """Say that its borrower is gone; for a finaliser."""
+        self.ledger.reclaimed(self.entry)
 
     def give_back(self) -> None:
         """Return to the cache, or be closed if that cannot be."""
@@ -159,6 +167,24 @@ class CachedConnection(_ConnectionRecord):
         return bool(connection.pgconn.transaction_status == _IDLE)
 
 
+class Lending:
+    """What lends connections in place of a cache's books: nothing, but in the tests of an application.
+
+    Attributes:
+        instead: Called with the pool that is asked; None where it leaves the connection to the books.
+    """
+
+    __slots__ = ("instead",)
+
+    def __init__(self) -> None:
+        self.instead: Callable[[LedgerPool], CachedConnection | None] | None = None
+
+
+def borrower() -> object:
+    """Who is asking for a connection: whom it is taken for, else the running thread."""
+    return on_behalf_of.get() or threading.current_thread()
+
+
 class LedgerPool(Pool):
     """The pool of one database's engine. Holds no connection of its own: they are all in the ledger.
 
@@ -168,6 +194,7 @@ class LedgerPool(Pool):
         settings: The repo's; those about time are used here.
         attend: Called when a connection was opened.
         listeners: Who is told what happens.
+        lending: What may lend them in place of the ledger.
         kind: What its connections are borrowed for.
     """
 
@@ -179,6 +206,7 @@ class LedgerPool(Pool):
         settings: Config,
         attend: Callable[[], None],
         listeners: Listeners,
+        lending: Lending,
         kind: Kind = Kind.KEPT,
         **kwargs: Any,
     ) -> None:
@@ -191,12 +219,15 @@ class LedgerPool(Pool):
         self._attend = attend
         self.listeners = listeners
         self.kind = kind
+        self._lending = lending
         self._watches = settings.warn_after is not None
         # Set by the cache: an engine lives as long as one of its connections does.
         self.engine: Engine | None = None
 
     def _do_get(self) -> ConnectionPoolEntry:
         begun = monotonic() if self.listeners.checkout else None
+        if self._lending.instead is not None and (lent := self._lending.instead(self)) is not None:
+            return self._told(lent, begun)
         grant = self.ledger.acquire(self._key, self.kind, self._server)
         if isinstance(grant, Wait):
             grant = self._await(grant)
@@ -205,16 +236,17 @@ class LedgerPool(Pool):
             record = self._prepare(grant)
         if self._watches:
             record.taken, record.warned = CallSite(), False
-        if begun is not None:
-            self._tell_checkout(record, monotonic() - begun)
-        return record
+        return record if begun is None else self._told(record, begun)
 
-    def _tell_checkout(self, record: CachedConnection, seconds: float) -> None:
+    def _told(self, record: CachedConnection, begun: float | None) -> CachedConnection:
+        """*record*, once those who listen were told that it was taken."""
         try:
-            self.listeners.tell("checkout", self.database, seconds)
+            if begun is not None:
+                self.listeners.tell("checkout", self.database, monotonic() - begun)
         except BaseException:  # a signal's, say: nobody has the connection yet
-            self._end(record.entry)
+            record.give_back()
             raise
+        return record
 
     def _prepare(self, grant: Entry[object, CachedConnection]) -> CachedConnection:
         """Do what a grant asks for: close what has to go first, then connect, or test what may be dead."""
@@ -393,6 +425,17 @@ class LedgerPool(Pool):
         )
 
     def recreate(self) -> LedgerPool:
+        return self._like(self.kind, self._lending)
+
+    def take_aside(self, kind: Kind) -> CachedConnection:
+        """Take a connection from the books for something else than this pool's are for, whatever lends instead."""
+        pool = self._like(kind, Lending())
+        pool.engine = self.engine
+        record = pool._do_get()
+        assert isinstance(record, CachedConnection)
+        return record
+
+    def _like(self, kind: Kind, lending: Lending) -> LedgerPool:
         return LedgerPool(
             self._creator,
             self.ledger,
@@ -400,7 +443,8 @@ class LedgerPool(Pool):
             self.settings,
             self._attend,
             self.listeners,
-            self.kind,
+            lending,
+            kind,
             echo=self.echo,
             logging_name=self._orig_logging_name,
             dialect=self._dialect,
@@ -431,7 +475,7 @@ def holder(entry: Entry[object, CachedConnection]) -> str:
     taken = entry.connection.taken if entry.connection is not None else None
     if taken is not None:
         return f"{taken.thread} ({taken.line})"
-    return entry.borrower.name if isinstance(entry.borrower, threading.Thread) else "a thread"
+    return entry.borrower.name if isinstance(entry.borrower, threading.Thread) else str(entry.borrower or "a thread")
 
 
 def _verdict(error: BaseException | None) -> Verdict:

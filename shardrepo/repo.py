@@ -29,6 +29,7 @@ from .plans import PlanFormat
 from .reading import Options as LoaderOptions
 from .returning import BulkResult, Returning
 from .router import Hooks, Router
+from .sandbox import Sandbox
 from .session import RoutedSession, home_of, rehome
 from .stats import Stats
 from .transaction import Isolation, Mode
@@ -779,6 +780,38 @@ class Repo:
             ConfigError: An argument is impossible, or there is no directory to list the databases.
         """
         return Across(cls._router, databases, per_server=per_server, timeout=timeout)
+
+    # Tests
+
+    @classmethod
+    def sandbox(
+        cls, databases: Iterable[Chosen] | None = None, *, shared: bool = False, check_deferred: bool = False
+    ) -> Sandbox:
+        """Have every database be at the end of a block as it was at its beginning. For tests; does no I/O itself.
+
+            >>> with MyRepo.sandbox():                                              # doctest: +SKIP
+            ...     MyRepo.insert(User(name="Ada"))                 # rolled back, in whatever database it was
+
+        The first use of a database takes one connection to it, from the cache, for as long as the block lasts, and
+        begins a transaction there. What runs in the block needs to know nothing of it: its transactions are savepoints,
+        `in_transaction` says what it would say, a statement that fails spoils nothing. Whatever way a connection is
+        taken, by a verb, a `session`, an `engine` or `across`, it is that one; one thread at a time has it.
+
+        The thread or task that enters the block belongs to it, with the tasks and `asyncio.to_thread` calls that it
+        starts, what is `carry`-ed, and what `Sandbox.allow` names; any other use of this repo is a `SandboxError`
+        meanwhile. Not undone are sequences, and what is done in `Sandbox.unboxed`; ``now()`` stands still, NOTIFY
+        reaches nobody, and a transaction's isolation is the sandbox's.
+
+        Args:
+            databases: Only these may be used; all if not given.
+            shared: Every thread of the process belongs to it.
+            check_deferred: Check deferred constraints where a transaction ends, as a COMMIT would.
+
+        Raises:
+            ConfigError: An argument is impossible, or a block is open that this cannot begin in.
+            SandboxError: At the end: a connection is still in use, or something cannot have been undone.
+        """
+        return cls._router.databases.sandbox(databases, shared=shared, check_deferred=check_deferred)
 
     # Objects and their homes
 

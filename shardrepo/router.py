@@ -531,6 +531,7 @@ class Router:
     def create_database(self, database: Database, blueprint: catalog.Blueprint, *, if_not_exists: bool) -> bool:
         """Make *database*; False if it was there, and might be."""
         self._check_writable("create_database", database)
+        self.databases.check_undoable("create_database")
         checked_flag("if_not_exists")(if_not_exists)
         with self._maintaining("create_database", database) as connection, self._moved(database.name):
             if blueprint.template is not None:
@@ -540,6 +541,7 @@ class Router:
     def drop_database(self, database: Database, *, force: bool, if_exists: bool) -> bool:
         """Drop *database*; False if it was not there, and need not be."""
         self._check_writable("drop_database", database)
+        self.databases.check_undoable("drop_database")
         checked_flag("force")(force)
         checked_flag("if_exists")(if_exists)
         self._check_dispensable(database)
@@ -550,6 +552,7 @@ class Router:
     def rename_database(self, database: Database, name: str) -> None:
         """Give *database* another name."""
         self._check_writable("rename_database", database)
+        self.databases.check_undoable("rename_database")
         checked_name("database", name)
         self._check_dispensable(database)
         with self._maintaining("rename_database", database) as connection, self._moved(database.name, name):

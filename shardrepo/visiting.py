@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias, TypeVar, cast, overload
 
 from sqlalchemy import Executable, Select
-from sqlalchemy.engine import URL, Result
+from sqlalchemy.engine import Result
 
 from . import reading
 from .across import Outcome, Outcomes, Target, checked_per_server, fan_out
 from .calls import checked_seconds
 from .context import check_plain
-from .database import Choice, Chosen, Database, choose
+from .database import Choice, Chosen, choose, several
 from .directory import Location
 from .errors import ConfigError, ListingError, note_database
 from .router import Router
@@ -21,8 +21,7 @@ T = TypeVar("T")
 
 Visited: TypeAlias = "Chosen | Location"
 
-# What could be iterated over, or is one of those that should be.
-_SINGLE: Final = (str, Mapping, URL, Database, Choice, Location)
+_ALL: Final = "or give nothing for all that the directory lists"
 
 
 class Across:
@@ -42,7 +41,7 @@ class Across:
         self._per_server = per_server
         self._timeout = checked_seconds("timeout", optional=True)(timeout)
         self._router = router
-        self._given = None if databases is None else [_checked(each) for each in _several(databases)]
+        self._given = None if databases is None else [_checked(each) for each in several(databases, "across()", _ALL)]
         if databases is None and router.databases.whereabouts is None:
             raise ConfigError(
                 "across() visits all databases that the directory lists, and this repo has none: name them, as in "
@@ -122,15 +121,6 @@ class Across:
             note_database(error, name)
             return Outcome(name, None, 0.0, error=error)
         return Target(name or database.home, database)
-
-
-def _several(databases: Any) -> Iterable[Any]:
-    if isinstance(databases, _SINGLE) or not isinstance(databases, Iterable):
-        raise ConfigError(
-            f"across() takes a list of databases, not one {type(databases).__name__}: put it into brackets, or give "
-            "nothing for all that the directory lists"
-        )
-    return databases
 
 
 def _checked(given: Any) -> Choice | Location | None:

@@ -17,7 +17,7 @@ PACKAGE = Path(shardrepo.__file__).parent
 # From the bottom to the top. What stands on one line does not import each other.
 LAYERS = [
     {"errors", "stats", "breaker", "callsite"},
-    {"calls", "constraints", "scripts"},
+    {"calls", "constraints", "scripts", "levels"},
     {"log"},
     {"entries"},
     {"database", "places"},
@@ -26,7 +26,8 @@ LAYERS = [
     {"checks", "across"},
     {"driver"},
     {"pool"},
-    {"housekeeper", "pinned"},
+    {"housekeeper", "pinned", "boxed"},
+    {"sandbox"},
     {"session"},
     {"engines"},
     {"destination"},
@@ -51,7 +52,7 @@ FOR_TYPES = {("errors", "database"), ("errors", "directory"), ("log", "repo")}
 
 # The modules that may load what stands behind them; nothing else may, at import or later.
 OWNERS = {
-    "psycopg": {"catalog", "connection", "diagnosis", "driver", "testing"},
+    "psycopg": {"boxed", "catalog", "connection", "diagnosis", "driver", "testing"},
     "alembic": {"fleet", "scripts"},
     "pytest": {"pytest_plugin", "testing"},
 }

@@ -25,6 +25,7 @@ FACTS: dict[type[ShardRepoError], dict[str, Any]] = {
     errors.NoDatabaseError: {},
     errors.RepoDisposedError: {},
     errors.NotInTransactionError: {},
+    errors.SandboxError: {},
     errors.WrongDatabaseError: {"expected": "db01:5432/app", "found": None},
     errors.ConnectError: {"database": DATABASE, "sqlstate": "08006", "orig": OSError("gone")},
     errors.UnknownDatabaseError: {"database": DATABASE, "sqlstate": "3D000", "orig": OSError("gone")},

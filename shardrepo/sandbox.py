@@ -1,0 +1,294 @@
+"""Tests in which every database is as it was afterwards: who belongs to which sandbox, and what it keeps of each."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, Unpack
+
+from .context import Context
+from .database import Choice, Chosen, Database, Options, choose
+from .entries import Kind
+from .errors import ConfigError, SandboxError
+from .pool import CachedConnection, LedgerPool, Lending
+
+if TYPE_CHECKING:
+    from .boxed import Box
+
+# How many connections are rolled back at a time.
+_ENDING_AT_ONCE: Final = 32
+
+_REMEDIES: Final = (
+    "call sandbox.allow(thread or executor) before it begins, start it with `repo.carry(function)`, or open the "
+    "sandbox with shared=True for all threads; what cannot be undone goes into sandbox.unboxed(...)"
+)
+
+
+class Sandboxes:
+    """The sandboxes of one repo's databases.
+
+    Args:
+        context: Where it stands which one the running thread or task belongs to.
+        lending: What asks for a connection in place of the cache's books, from the first sandbox on.
+    """
+
+    def __init__(self, context: Context, lending: Lending) -> None:
+        self.context = context
+        self._lending = lending
+        self._open: tuple[Sandbox, ...] = ()
+        # Guards the above.
+        self._lock = threading.Lock()
+
+    def add(self, sandbox: Sandbox) -> None:
+        """Have those who belong to *sandbox* use it."""
+        with self._lock:
+            if sandbox.shared and self._open:
+                raise ConfigError(
+                    "a sandbox is open already, and shared=True is for the only one: leave that one first"
+                )
+            if any(other.shared for other in self._open):
+                raise ConfigError(
+                    "a sandbox with shared=True is open, to which everybody belongs: leave that one first"
+                )
+            self._open = (*self._open, sandbox)
+            # For good: what was begun in a sandbox and outlives it must not write to the database itself.
+            self._lending.instead = self.lend
+
+    def remove(self, sandbox: Sandbox) -> None:
+        """Have nobody use *sandbox* any more."""
+        with self._lock:
+            self._open = tuple(other for other in self._open if other is not sandbox)
+
+    def current(self) -> Sandbox | None:
+        """The one that the caller belongs to; None where there is none at all.
+
+        Raises:
+            SandboxError: It belongs to none, and there is one; or to one that is over, or its parent process's.
+        """
+        joined: Sandbox | None = self.context.sandbox.get()
+        if joined is not None:
+            joined.check_usable()
+            return joined
+        thread = threading.current_thread()
+        for sandbox in self._open:
+            if sandbox.shared or thread in sandbox.threads:
+                sandbox.check_usable()
+                return sandbox
+        if self._open:
+            raise SandboxError(f"{thread.name} belongs to no sandbox, and this repo is in one: {_REMEDIES}")
+        return None
+
+    def lend(self, pool: LedgerPool) -> CachedConnection | None:
+        """A connection of the caller's sandbox; None where the cache's own is meant."""
+        sandbox = self.current()
+        return None if sandbox is None else sandbox.lend(pool)
+
+    def check_undoable(self, operation: str) -> None:
+        """Raise `SandboxError` if the caller's sandbox could not undo *operation*."""
+        sandbox = self.current() if self._open else None
+        if sandbox is not None and not sandbox.is_left:
+            raise SandboxError(
+                f"{operation}() cannot be undone, and this is a sandbox: use `with sandbox.unboxed(...)` around it, "
+                "and clean up"
+            )
+
+
+class Sandbox:
+    """What `Repo.sandbox` returns. Each database gets one connection, when it is first used, and a transaction on it.
+
+    Attributes:
+        shared: Whether every thread of the process belongs to it.
+        threads: Those that do, beside what was begun in it by tasks, `asyncio.to_thread` and `Repo.carry`.
+        is_over: Whether it was left.
+    """
+
+    def __init__(
+        self,
+        sandboxes: Sandboxes,
+        resolve: Callable[[Choice | None], Database],
+        maintenance_database: str,
+        *,
+        homes: frozenset[str] | None,
+        shared: bool,
+        check_deferred: bool,
+    ) -> None:
+        self.shared = shared
+        self.threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        self._sandboxes = sandboxes
+        self._resolve = resolve
+        self._maintenance_database = maintenance_database
+        self._homes = homes
+        self._check_deferred = check_deferred
+        self._pid = os.getpid()
+        self.is_over = False
+        self._boxes: dict[str, Box] = {}
+        # Guards the above.
+        self._lock = threading.Lock()
+        # The homes that are left alone where this runs.
+        self._unboxed: ContextVar[frozenset[str]] = ContextVar("unboxed", default=frozenset())
+        # What is to be undone of `allow`.
+        self._allowed = ExitStack()
+
+    def __repr__(self) -> str:
+        return f"<Sandbox over {', '.join(database.home for database in self.databases) or 'nothing yet'}>"
+
+    def __enter__(self) -> Self:
+        context = self._sandboxes.context
+        if context.is_holding:
+            raise ConfigError("a sandbox cannot begin inside a transaction() or connection() block: leave that first")
+        around: Sandbox | None = context.sandbox.get()
+        if around is not None and not around.is_over:
+            raise ConfigError("this thread or task is in a sandbox already: use that one")
+        self.threads.add(threading.current_thread())
+        self._sandboxes.add(self)
+        context.sandbox.set(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Roll everything back.
+
+        Raises:
+            SandboxError: Something was left that could not be undone, or is in use; a note if *error* is raised anyway.
+        """
+        self.is_over = True
+        self._sandboxes.remove(self)
+        variable = self._sandboxes.context.sandbox
+        if variable.get() is self:
+            variable.set(None)
+        self._allowed.close()
+        problems = self._roll_back()
+        if not problems:
+            return
+        message = "\n".join(["the sandbox was left, and", *(f"- {problem}" for problem in problems)])
+        if error is None:
+            raise SandboxError(message)
+        error.add_note(message)
+
+    @property
+    def databases(self) -> list[Database]:
+        """Those that were used in it so far, in that order."""
+        return [box.database for box in list(self._boxes.values()) if box.database is not None]
+
+    def allow(self, other: threading.Thread | Executor) -> None:
+        """Have a thread belong to this sandbox, or what is submitted to an executor from now on until it ends.
+
+        Raises:
+            ConfigError: It is neither, or an executor of processes: those are in no sandbox.
+        """
+        self.check_usable()
+        if isinstance(other, threading.Thread):
+            self.threads.add(other)
+        elif isinstance(other, Executor) and not isinstance(other, ProcessPoolExecutor):
+            self._allow_executor(other)
+        else:
+            raise ConfigError(
+                f"allow() takes a thread or an executor of threads, not {other!r}: another process connects by itself, "
+                "and what it commits is there for good"
+            )
+
+    def _allow_executor(self, executor: Executor) -> None:
+        submit = executor.submit
+
+        def submit_joined(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            return submit(self._joined, function, *args, **kwargs)
+
+        executor.submit = submit_joined  # type: ignore[method-assign]  # whatever submits to it, asyncio too
+        self._allowed.callback(vars(executor).pop, "submit")
+
+    def _joined(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call *function* as what belongs to this sandbox."""
+        variable = self._sandboxes.context.sandbox
+        before = variable.get()
+        variable.set(self)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            variable.set(before)
+
+    @contextmanager
+    def unboxed(self, choice: Chosen = None, /, **options: Unpack[Options]) -> Iterator[None]:
+        """Choose a database for the block, and use it as if there were no sandbox: what is written there stays.
+
+            >>> with sandbox.unboxed("shard02"):                                    # doctest: +SKIP
+            ...     MyRepo.execute("VACUUM users")
+
+        For what cannot be done in a transaction, and for making and dropping databases. It sees nothing of what the
+        sandbox has written, and waits for ever for what that has locked: do it first. Takes what `Repo.using` takes;
+        without, it is the current database.
+        """
+        self.check_usable()
+        context = self._sandboxes.context
+        chosen = choose(choice, options) if choice is not None or options else context.choice
+        database = self._resolve(chosen)
+        homes = {database.home, database.neighbour(self._maintenance_database).home}
+        before = self._unboxed.get()
+        with context.detached(), context.using(chosen):
+            self._unboxed.set(before | homes)
+            try:
+                yield
+            finally:
+                self._unboxed.set(before)
+
+    # What follows is for the library.
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the caller is in an `unboxed` block."""
+        return bool(self._unboxed.get())
+
+    def check_usable(self) -> None:
+        """Raise unless it is open, in this process."""
+        if self._pid != os.getpid():
+            raise SandboxError(
+                "this process was forked off one that is in a sandbox, which is not its own: " + _REMEDIES
+            )
+        if self.is_over:
+            raise SandboxError(
+                f"{threading.current_thread().name} was begun in a sandbox that is over: wait for what a test starts, "
+                "or cancel it, before the test ends"
+            )
+
+    def lend(self, pool: LedgerPool) -> CachedConnection | None:
+        """A connection of the box that *pool* leads to."""
+        database = pool.database
+        if database.home in self._unboxed.get():
+            return None
+        if pool.kind is Kind.TRANSIENT:
+            # A question to a server, as of a directory. What would change anything there is refused before.
+            if database.name == self._maintenance_database and database.home not in self._boxes:
+                return None
+        elif self._homes is not None and database.home not in self._homes:
+            raise SandboxError(
+                f"{database.home} is none of the databases of this sandbox, {', '.join(sorted(self._homes))}: name it "
+                "among them, or choose another one"
+            )
+        return self._box(database.home).lend(pool)
+
+    def _box(self, home: str) -> Box:
+        from .boxed import Box  # here, so that `import shardrepo` loads no driver
+
+        with self._lock:
+            box = self._boxes.get(home)
+            if box is None:
+                box = self._boxes[home] = Box(self, self._check_deferred)
+            return box
+
+    def _roll_back(self) -> list[str]:
+        with self._lock:
+            boxes = list(self._boxes.values())
+        if len(boxes) < 2:
+            return [problem for box in boxes for problem in box.end()]
+        with ThreadPoolExecutor(min(_ENDING_AT_ONCE, len(boxes)), "shardrepo-sandbox") as executor:
+            return [problem for problems in executor.map(_ended, boxes) for problem in problems]
+
+
+def _ended(box: Box) -> list[str]:
+    return box.end()
