@@ -154,7 +154,7 @@ class Box:
         problems = [f"{where.home}: {problem}" for problem in self._problems()]
         connection = record.dbapi_connection
         for lent in self._lent:
-            lent.boxed.lose()
+            lent.boxed.abandon()
         if connection is not None and not self._lent:
             with suppress(psycopg.Error):  # a server that is gone has rolled back
                 self.send("ROLLBACK")
@@ -346,8 +346,7 @@ class BoxedConnection(DriverConnection):
         pass  # psycopg's own warns of one that is still open: this one is not its to close
 
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._is_closed:
-            raise psycopg.OperationalError("this connection was closed")
+        self._check_open()
         self._settle()
         if (
             self._stands_by_itself
@@ -355,8 +354,7 @@ class BoxedConnection(DriverConnection):
             and self.does != "marking"
             and self.pgconn.transaction_status == _STATUS.INTRANS
         ):
-            self.level, sql = self._box.levels.begin()
-            self._box.send(f"{sql}; SET TRANSACTION READ ONLY" if self._read_only else sql)
+            self._begin()
         try:
             return super().wait(gen, *args, **kwargs)
         except psycopg.errors.ActiveSqlTransaction as error:
@@ -364,6 +362,23 @@ class BoxedConnection(DriverConnection):
             raise
         finally:
             self._settle()
+
+    @contextmanager
+    def transaction(self, *args: Any, **kwargs: Any) -> Iterator[psycopg.Transaction]:
+        """psycopg's own; where none is open it begins one, which is more than the savepoint that it takes here."""
+        begins = self.level is None
+        if begins:
+            self._begin()
+        try:
+            with super().transaction(*args, **kwargs) as transaction:
+                yield transaction
+        finally:
+            if begins:
+                self._end(keep=True)
+
+    def _begin(self) -> None:
+        self.level, sql = self._box.levels.begin()
+        self._box.send(f"{sql}; SET TRANSACTION READ ONLY" if self._read_only else sql)
 
     @property
     def _stands_by_itself(self) -> bool:
@@ -373,6 +388,7 @@ class BoxedConnection(DriverConnection):
 
     def _settle(self) -> None:
         """See what an exchange with the server has come to; a statement that stands by itself is over then."""
+        # psycopg leaves its pipelines without asking for anything, so that one may be over since.
         status = self.pgconn.transaction_status
         if self.level is not None:
             self.level.wrote |= self.does == "writing"
@@ -395,7 +411,16 @@ class BoxedConnection(DriverConnection):
             self._settle()
         self._end(keep=False)
 
+    def abandon(self) -> None:
+        """Be of no use any more: the sandbox is over."""
+        self._is_closed, self.level = True, None
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise psycopg.OperationalError("this connection was closed")
+
     def commit(self) -> None:
+        self._check_open()
         if self._deadline is not None and self._deadline <= monotonic():
             raise NoAnswer("its time was over before anything was sent")
         self._end(keep=True)
@@ -417,6 +442,7 @@ class BoxedConnection(DriverConnection):
 
     @property
     def is_at_rest(self) -> bool:
+        self._settle()
         return self.level is None
 
     @property
@@ -483,8 +509,11 @@ class BoxedCursor(psycopg.Cursor[Any]):
 
 
 def _what(query: Any) -> Doing:
-    matching = (does for does, pattern in _DOES if isinstance(query, str) and pattern.match(query))
-    return next(matching, "writing")
+    if isinstance(query, str):
+        for does, pattern in _DOES:
+            if pattern.match(query):
+                return does
+    return "writing"
 
 
 @contextmanager

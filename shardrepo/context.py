@@ -149,7 +149,7 @@ class Context:
     def carry(self, function: Callable[P, T]) -> Callable[P, T]:
         """Wrap *function* so that it runs with this context's choice in whatever thread calls it."""
         check_plain(function, "carry()", "use `with repo.using(...)` inside it")
-        variables: tuple[ContextVar[Any], ...] = (self._choice, self._held, self.sandbox)
+        variables: list[ContextVar[Any]] = [self._choice, self._held, self.sandbox]
         values = [variable.get() for variable in variables]
 
         @wraps(function)

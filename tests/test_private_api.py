@@ -199,6 +199,52 @@ def test_what_is_prepared_is_known_and_can_be_forgotten(connection: DriverConnec
     assert connection.execute(listed, prepare=False).fetchone() == (0,)
 
 
+def test_a_connection_begins_in_a_method_of_its_own(
+    connection: DriverConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a sandbox begins a savepoint in its place: whatever is executed asks for it first."""
+    asked: list[str] = []
+
+    def start_query(self: DriverConnection) -> Iterator[Any]:
+        asked.append("begin")
+        yield from ()
+
+    monkeypatch.setattr(DriverConnection, "_start_query", start_query)
+    connection.set_autocommit_mode(False)
+    connection.execute(b"SELECT 1")
+    connection.cursor().executemany(b"SELECT %s", [(1,), (2,)])
+    with connection.cursor().copy(b"COPY (SELECT 1) TO STDOUT") as copy:
+        list(copy.rows())
+    assert len(asked) >= 3
+    assert connection.pgconn.transaction_status == pq.TransactionStatus.IDLE
+
+
+def test_a_connection_counts_its_own_blocks(connection: DriverConnection) -> None:
+    """In an attribute: a statement that stands by itself ends with them."""
+    assert connection._num_transactions == 0
+    with connection.transaction(), connection.transaction():
+        assert connection._num_transactions == 2
+    assert connection._num_transactions == 0
+
+
+@pytest.mark.parametrize("setting", ["autocommit", "isolation_level", "read_only", "deferrable"])
+def test_a_setting_is_changed_by_a_generator(connection: DriverConnection, setting: str) -> None:
+    """Which asks another one whether it may, in a transaction; a sandbox has one that does not mind."""
+    change = getattr(connection, f"_set_{setting}_gen")
+    with connection.transaction(), pytest.raises(psycopg.ProgrammingError, match=setting):
+        connection.wait(change(None))
+
+    class Careless(DriverConnection):
+        def _check_intrans_gen(self, attribute: str) -> Iterator[Any]:  # type: ignore[override]
+            yield from ()
+
+    careless = Careless(connection.pgconn)
+    with connection.transaction():
+        careless.wait(getattr(careless, f"_set_{setting}_gen")(None))
+    assert getattr(careless, f"_{setting}") in (None, False)
+    del careless.pgconn  # which is not its to close, nor to warn of
+
+
 def test_an_exchange_yields_what_it_waits_for(connection: DriverConnection) -> None:
     """It is sent which of these has come, as `selectors` has them; so that anybody can wait in psycopg's place."""
     connection.limit(monotonic() + 30)
