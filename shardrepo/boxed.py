@@ -42,6 +42,8 @@ _LOOK: Final = 0.05
 # Seconds in which a statement has to end once the server was asked to stop it.
 _ENDING: Final = 5.0
 
+_BEGIN: Final = "BEGIN"
+
 # Fires what deferred constraints have to say, and has them wait as before.
 _CHECK: Final = (
     "SAVEPOINT shardrepo_check; SET CONSTRAINTS ALL IMMEDIATE; ROLLBACK TO shardrepo_check; RELEASE shardrepo_check"
@@ -84,6 +86,8 @@ class Box:
         # Those whose holders were collected; finalisers append, and take no lock.
         self._lost: deque[Lent] = deque()
         self._is_untidy = False
+        # What is to be sent before anything else, with which it goes in one message.
+        self._due = ""
         self._ended_by_hand: list[str] = []
 
     def lend(self, pool: LedgerPool) -> Lent:
@@ -120,16 +124,29 @@ class Box:
         """Its borrower is gone. Takes no lock: finalisers call this."""
         self._lost.append(lent)
 
-    def send(self, sql: str) -> None:
-        """Send *sql* on the connection, whatever time its borrower has left."""
+    def send(self, sql: str = "") -> None:
+        """Send what was put off, and *sql*, on the connection, whatever time its borrower has left."""
         connection = self._connection
-        connection.wait(_exchange(connection.pgconn, sql))
+        if sql := self.with_due(sql):
+            connection.wait(exchange(connection.pgconn, sql))
+
+    def with_due(self, sql: str) -> str:
+        """*sql*, after what was put off, which the caller sends with it."""
+        due, self._due = self._due, ""
+        return f"{due}; {sql}" if due and sql else due or sql
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether its transaction was begun."""
+        return self._due != _BEGIN
 
     def end_level(self, level: Level, *, keep: bool) -> None:
         """Commit a transaction in it, or roll it back; one that has failed is rolled back."""
         failed = self._has_failed
         sql = self.levels.keep(level) if keep and not failed else self.levels.undo(level, failed=failed)
-        if sql:
+        if keep and not failed:
+            self._due = self.with_due(sql)
+        elif sql:
             self.send(sql)
 
     def check(self) -> None:
@@ -141,7 +158,7 @@ class Box:
         """Begin again: somebody has ended the transaction by hand."""
         self._ended_by_hand.append(CallSite().line)
         self.levels.forget()
-        self.send("BEGIN")
+        self._due = _BEGIN
 
     def end(self) -> list[str]:
         """Roll back, and return the connection to the cache; what was not as it should be."""
@@ -156,8 +173,10 @@ class Box:
         for lent in self._lent:
             lent.boxed.abandon()
         if connection is not None and not self._lent:
-            with suppress(psycopg.Error):  # a server that is gone has rolled back
-                self.send("ROLLBACK")
+            if self.is_begun:
+                self._due = ""
+                with suppress(psycopg.Error):  # a server that is gone has rolled back
+                    self.send("ROLLBACK")
             connection.pgconn.notice_handler, connection.pgconn.notify_handler = self._handlers
             # All that was set in it was set in the transaction, or reset when it was returned.
             record.vouched = True
@@ -277,7 +296,7 @@ class Box:
         self._record, self.database = record, pool.database
         pgconn = self._connection.pgconn
         self._handlers = pgconn.notice_handler, pgconn.notify_handler
-        self.send("BEGIN")
+        self._due = _BEGIN
 
     def _leave(self, lent: Lent) -> None:
         """End the transaction of one who returns it, or is gone."""
@@ -348,13 +367,11 @@ class BoxedConnection(DriverConnection):
     def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
         self._check_open()
         self._settle()
-        if (
-            self._stands_by_itself
-            and self.level is None
-            and self.does != "marking"
-            and self.pgconn.transaction_status == _STATUS.INTRANS
-        ):
-            self._begin()
+        if self.pgconn.transaction_status != _STATUS.ACTIVE and not self.pgconn.pipeline_status:
+            if self._stands_by_itself and self.level is None and self.does != "marking":
+                self._begin()
+            elif self._stands_by_itself or self.level is not None:
+                self._box.send()
         try:
             return super().wait(gen, *args, **kwargs)
         except psycopg.errors.ActiveSqlTransaction as error:
@@ -394,16 +411,22 @@ class BoxedConnection(DriverConnection):
             self.level.wrote |= self.does == "writing"
         if self.closed or self.pgconn.pipeline_status or status == _STATUS.ACTIVE:
             return
-        if status == _STATUS.IDLE:
+        if status == _STATUS.IDLE and self._box.is_begun:
             self.level = None
             self._box.was_ended()
         elif self._stands_by_itself and not self._num_transactions:
             self._end(keep=True)
 
     def _start_query(self) -> Generator[Any, Any, None]:
-        if not self._stands_by_itself and self.level is None:
-            self.level, sql = self._box.levels.begin()
-            yield from self._exec_command(sql.encode())
+        if self._stands_by_itself or self.level is not None:
+            return
+        self.level, sql = self._box.levels.begin()
+        sql = self._box.with_due(sql)
+        if self._pipeline is None:
+            yield from exchange(self.pgconn, sql)
+        else:
+            for statement in sql.split("; "):
+                yield from self._exec_command(statement.encode())
 
     def leave(self) -> None:
         """End what its borrower has left open."""
@@ -530,7 +553,7 @@ def _doing(cursor: psycopg.Cursor[Any], does: Doing) -> Iterator[None]:
 _LOST: Final = "what this test had written there is gone. Do what ends connections in sandbox.unboxed(...)"
 
 
-def _exchange(pgconn: Any, sql: str) -> Generator[Any, Any, None]:
+def exchange(pgconn: Any, sql: str) -> Generator[Any, Any, None]:
     """Send several statements as one message, and hear what became of them."""
     pgconn.send_query(sql.encode())
     for result in (yield from generators.execute(pgconn)):

@@ -66,7 +66,9 @@ class Operation:
         Raises:
             ConfigError: The journal cannot be written, and nothing was done.
             FleetError: Not all databases are where they were to go; it has the report.
+            SandboxError: The caller is in a sandbox, of which worker processes know nothing.
         """
+        self._repo._router.databases.check_undoable(f"fleet.{self._work}")
         with ExitStack() as stack:
             journal = None
             if self._how.journal is not None:
