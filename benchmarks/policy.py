@@ -2,10 +2,11 @@
 
 Traces go through the real ledger, offline, without a server or a thread, and beside it through lists of its size:
 Belady's optimum, which knows what will be asked for, an LRU list, and two policies that resist scans, 2Q and S3-FIFO.
-Five traces are drawn: `zipf` (s = 1, each access whatever the one before was), `uniform`, `sweep` (`zipf`, and after
-every five accesses per database a sweep of all beside it), `shift` (`zipf`, every day of other databases) and `bursts`
-(5 to 50 accesses in a row). `recorded` is the demo's load on real servers, whose 32 threads run 1 to 5 operations in a
-database before they go to the next. Three seeds each; the first tenth of a trace warms up and is not counted.
+Six traces are drawn: `zipf` (s = 1, each access whatever the one before was), `uniform`, `sweep` (`zipf`, and after
+every five accesses per database a sweep of all beside it), `shift` (`zipf`, every day of other databases), `bursts`
+(`zipf`, 5 to 50 times in a row) and `visits` (`zipf`, of 32 users at a time, each 1 to 3 times before the next).
+`recorded` is the demo's load on real servers, whose 32 threads run 1 to 5 operations in a database before they go to
+the next. Three seeds each; the first tenth of a trace warms up and is not counted.
 
 A connection is held while others are asked for, two on average in the drawn traces; the lists are then asked for the
 n-th connection of a database, n being the first that nobody has. "One at a time", each is given back before the next is
@@ -52,7 +53,7 @@ def run(_: Ground) -> Iterator[Figure]:
                 yield from _figures(f"{where}, one at a time", alone[-1])
     for databases in FLEETS:
         found = [recorded(databases, seed).hit_rate for seed in SEEDS]
-        yield Figure(f"recorded of {databases}, target 20: the Repo, when it was", Spread.of(found), "of accesses")
+        yield Figure(f"recorded of {databases}, target 20: the Repo, when recorded", Spread.of(found), "of accesses")
     for target in TARGETS:
         yield _below_lru(f"target {target}", several[target])
     yield _below_lru(f"target {_ALONE}, one at a time", alone)

@@ -44,6 +44,8 @@ _SWEEP_EVERY: Final = 5
 # After so many accesses other databases are the most used.
 _DAY: Final = 2_000
 _BURST: Final = (5, 50)
+_USERS: Final = 32
+_VISIT: Final = (1, 3)
 # How many others ask before a connection is given back, on average.
 _HELD: Final = 2
 
@@ -109,8 +111,19 @@ def bursts(chance: Random, databases: int) -> Iterator[Access]:
             yield access
 
 
+def visits(chance: Random, databases: int) -> Iterator[Access]:
+    """32 users at a time, each of whom asks 1 to 3 times in a database of `zipf` before the next visit."""
+    load = zipf(chance, databases)
+    left: list[list[Access]] = [[] for _ in range(_USERS)]
+    while True:
+        user = chance.choice(left)
+        if not user:
+            user.extend([next(load)] * chance.randint(*_VISIT))
+        yield user.pop()
+
+
 DRAWN: Final[Mapping[str, Callable[[Random, int], Iterator[Access]]]] = {
-    draw.__name__: draw for draw in (zipf, uniform, sweep, shift, bursts)
+    draw.__name__: draw for draw in (zipf, uniform, sweep, shift, bursts, visits)
 }
 
 
