@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TypeAlias
 
-from . import checkout, cold, fleet, load, memory, policy, preload, rows, soak, sweep, threads, warm
+from . import checkout, cold, fleet, load, memory, policy, preload, rows, soak, startup, sweep, threads, warm
 from .ground import Ground, ground
 from .measure import Figure, MissingError, Skipped
 from .report import FIGURES, Results, Section, as_json, as_page, as_table, surroundings
@@ -17,7 +17,7 @@ Benchmark: TypeAlias = Callable[[Ground], Iterator[Figure | Skipped]]
 
 BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     module.__name__.rpartition(".")[2]: (module.__doc__ or "", module.run)
-    for module in (warm, checkout, cold, preload, rows, memory, load, sweep, policy, fleet, threads)
+    for module in (warm, checkout, cold, startup, preload, rows, memory, load, sweep, policy, fleet, threads)
 }
 
 
