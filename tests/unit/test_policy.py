@@ -60,6 +60,17 @@ def test_s3_fifo_ages_what_is_in_the_main_queue() -> None:
     assert hits(s3_fifo, "aaabbbcccdbddebc", 3) == "AaaBbbCccDbddEbC"
 
 
+def test_s3_fifo_gives_new_ones_a_tenth() -> None:
+    """However little is in the small queue, a full main one loses nothing to what is new."""
+    assert hits(s3_fifo, "aaabbbcccdefabc", 4) == "AaaBbbCccDEFabc"
+
+
+def test_s3_fifo_counts_three_uses() -> None:
+    """What was used much stays for three rounds of the main queue, and goes in the fourth."""
+    assert hits(s3_fifo, "aaabcaaaaaccdddeeefffga", 2) == "AaaBCaaaaaccDddEeeFffGA"
+    assert hits(s3_fifo, "aaabcaaaaaccdddeeefffa", 2) == "AaaBCaaaaaccDddEeeFffa"
+
+
 def test_what_is_long_gone_is_new() -> None:
     """Both remember only so many of those that went: who comes back later than that is as good as never seen."""
     assert hits(two_queues, "abcdefgahijka", 4) == "ABCDEFGAHIJKA"
