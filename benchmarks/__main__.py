@@ -8,16 +8,32 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TypeAlias
 
-from . import checkout, cold, fleet, load, memory, preload, rows, sandbox, soak, sweep, threads, warm
+from . import (
+    checkout,
+    cold,
+    fleet,
+    load,
+    memory,
+    policy,
+    preload,
+    rows,
+    sandbox,
+    soak,
+    startup,
+    sweep,
+    threads,
+    warm,
+)
 from .ground import Ground, ground
 from .measure import Figure, MissingError, Skipped
 from .report import FIGURES, Results, Section, as_json, as_page, as_table, surroundings
 
 Benchmark: TypeAlias = Callable[[Ground], Iterator[Figure | Skipped]]
 
+_MODULES = (warm, checkout, cold, startup, preload, rows, memory, load, sweep, policy, fleet, threads, sandbox)
+
 BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
-    module.__name__.rpartition(".")[2]: (module.__doc__ or "", module.run)
-    for module in (warm, checkout, cold, preload, rows, memory, load, sweep, fleet, threads, sandbox)
+    module.__name__.rpartition(".")[2]: (module.__doc__ or "", module.run) for module in _MODULES
 }
 
 
