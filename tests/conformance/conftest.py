@@ -1,4 +1,4 @@
-"""The repo of the conformance cases: on its default database, and on a chosen one beside decoys."""
+"""The repo of the conformance cases: on its default database, on a chosen one beside decoys, and in a sandbox."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from typing import Any
 import pytest
 
 from shardrepo import Repo
+from shardrepo.pool import driver_of
 from shardrepo.testing.servers import Server
 
 from ..conftest import SQL, contents, plant_decoys, run_sql
 
 
-@pytest.fixture(params=["default", "chosen"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Have a module's cases run in a sandbox too, where its ``SANDBOXED`` says that nothing in them could tell."""
+    if "repo" in metafunc.fixturenames:
+        sandboxed = ["sandboxed"] if getattr(metafunc.module, "SANDBOXED", False) else []
+        metafunc.parametrize("repo", ["default", "chosen", *sandboxed], indirect=True)
+
+
+@pytest.fixture
 def repo(
     request: pytest.FixtureRequest,
     server: Server,
@@ -30,6 +38,12 @@ def repo(
         yield make_repo(used)
         assert contents(server, other) == []
         return
+    if request.param == "sandboxed":
+        repo = make_repo(used)
+        with repo.sandbox(check_deferred=True):
+            yield repo
+        assert contents(server, used) == contents(server, other) == []
+        return
     plant_decoys(server, other)
     before = contents(server, other)
     repo = make_repo(other)
@@ -39,11 +53,18 @@ def repo(
 
 
 @pytest.fixture
-def sql(server: Server, two_databases: tuple[str, str]) -> SQL:
+def sql(request: pytest.FixtureRequest, server: Server, two_databases: tuple[str, str]) -> SQL:
     """Run SQL on the database that the repo is to use, past the repo; returns the rows."""
     used, _ = two_databases
 
     def run(statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
         return run_sql(server, used, statement, parameters)
 
-    return run
+    def run_boxed(statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        repo: type[Repo] = request.getfixturevalue("repo")
+        with repo.detached(), repo.using(used), repo.connection() as connection:
+            cursor = driver_of(connection).execute(statement.encode(), parameters or None)
+            return cursor.fetchall() if cursor.description else []
+
+    callspec = getattr(request.node, "callspec", None)
+    return run_boxed if callspec is not None and callspec.params.get("repo") == "sandboxed" else run

@@ -18,6 +18,8 @@ from ..models import Account, Animal, Dog, Note, Numbered, Place, Post, Tag, Use
 
 pytestmark = pytest.mark.verbs
 
+SANDBOXED = True
+
 
 # insert_all
 

@@ -22,6 +22,8 @@ from .test_writing import picture
 
 pytestmark = pytest.mark.verbs
 
+SANDBOXED = True
+
 
 @pytest.fixture
 def ada(sql: SQL) -> None:

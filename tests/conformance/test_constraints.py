@@ -17,6 +17,8 @@ from ..models import Note, Place, Post, Tag, User
 
 pytestmark = pytest.mark.verbs
 
+SANDBOXED = True
+
 
 @pytest.fixture(autouse=True)
 def ada(sql: SQL) -> None:

@@ -47,6 +47,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Type object:sqlalchemy.exc.SADeprecationWarning"),
 ]
 
+SANDBOXED = True
+
 Values: TypeAlias = dict[str, Any]
 
 # More often than psycopg executes a statement before it has the server prepare it.

@@ -19,6 +19,8 @@ from ..models import Account, Animal, Book, Chapter, Dog, Place, Post, Shelf, Ta
 
 pytestmark = pytest.mark.verbs
 
+SANDBOXED = True
+
 
 def picture(*objects: Any) -> list[Any]:
     """Everything that can be seen of objects: values, pending changes, state, identity and home."""
