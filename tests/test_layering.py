@@ -54,6 +54,7 @@ OWNERS = {
     "psycopg": {"catalog", "connection", "diagnosis", "driver", "testing"},
     "alembic": {"fleet", "scripts"},
     "pytest": {"pytest_plugin", "testing"},
+    "factory": {"testing"},
 }
 
 LATER = ("alembic", "pytest", "typer", "rich", "matplotlib", "hypothesis", "factory", "psycopg", "psycopg_binary")
