@@ -19,18 +19,15 @@ from factory.builder import StepBuilder, parse_declarations
 from factory.enums import CREATE_STRATEGY
 from factory.faker import Faker
 from factory.fuzzy import BaseFuzzyAttribute
-from sqlalchemy import ClauseElement
 from sqlalchemy.exc import ProgrammingError
-from sqlalchemy.orm import InstanceState, make_transient_to_detached
-from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.orm import InstanceState
 from sqlalchemy.orm.base import DEFAULT_STATE_ATTR
 
 from ..database import Chosen, Database, Options
-from ..destination import Destination
 from ..errors import ConfigError, ConstraintError, sqlstate_of
 from ..repo import Repo
-from ..session import MANYTOONE, HomeSession, check_graph, check_home, mapper_of, state_of, write_by_key
-from ..writing import is_single_statement
+from ..session import MANYTOONE, check_home, mapper_of, state_of
+from .batch import insert_objects
 
 T = TypeVar("T")
 
@@ -175,9 +172,12 @@ class RepoFactory(Factory[T]):
             return graph.run(partial(super().create_batch, size, **attributes), together=size > 1)
 
         def create() -> list[T]:
-            objects = [builder.build() for builder in builders]
-            with graph.writing(cls._meta):
-                return graph.insert(objects)
+            with _forgotten_unless_stored() as objects:
+                for builder in builders:
+                    objects.append(builder.build())
+                with graph.writing(cls._meta):
+                    insert_objects(cls._meta.used_repo, objects)
+            return objects
 
         return graph.run(create, together=any(builder.has_parts for builder in builders[:1]))
 
@@ -207,12 +207,18 @@ class RepoFactory(Factory[T]):
             return found
         try:
             with repo.savepoint() if wanted and repo.in_transaction() else nullcontext():
-                return _insert(repo, model_class(*args, **kwargs))
+                return cls._insert(model_class(*args, **kwargs))
         except ConstraintError as error:
             found = repo.get_by(model_class, **wanted) if wanted and error.kind == "unique" else None
             if found is None:
                 raise
             return found
+
+    @classmethod
+    def _insert(cls, obj: T) -> T:
+        with _forgotten_unless_stored() as objects:
+            objects.append(obj)
+            return cls._meta.used_repo.insert(obj)
 
     @classmethod
     def _given(cls, name: str, kwargs: Mapping[str, Any]) -> Any:
@@ -330,26 +336,6 @@ class _Graph:
             if isinstance(state, InstanceState):
                 check_home(state, self.database.home)
 
-    def insert(self, objects: list[T]) -> list[T]:
-        """Insert new objects of one factory, all or none."""
-        repo = self.root.used_repo
-        if len(objects) < 2 or not self._insert_all(repo, objects):
-            repo.transact(lambda: [_insert(repo, obj) for obj in objects])
-        return objects
-
-    def _insert_all(self, repo: type[Repo], objects: Sequence[Any]) -> bool:
-        """Insert objects with one statement; False where that might be something else than to insert each."""
-        check_graph(map(state_of, objects), self.database.home)
-        with HomeSession(self.database.home, repo.engine()) as session:
-            if not all(is_single_statement(session, obj) and not _is_noticed(session, obj) for obj in objects):
-                return False
-        put_back = [write_by_key(state_of(obj)) for obj in objects]
-        try:
-            return _insert_rows(repo, self.database.home, objects)
-        finally:
-            for references in put_back:
-                references()
-
 
 # The server's name for a table that is not there (https://www.postgresql.org/docs/current/errcodes-appendix.html).
 _UNDEFINED_TABLE: Final = "42P01"
@@ -405,12 +391,16 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN) or not isinstance(value, declarations.BaseDeclaration)
 
 
-def _insert(repo: type[Repo], obj: T) -> T:
-    """Insert a new object; if that fails, what it refers to has forgotten it."""
+@contextmanager
+def _forgotten_unless_stored() -> Iterator[list[Any]]:
+    """Take new objects; if the block fails, what they refer to forgets them, which would be written with it else."""
+    objects: list[Any] = []
     try:
-        return repo.insert(obj)
+        yield objects
     except BaseException:
-        _let_go(obj)
+        for obj in objects:
+            if state_of(obj).key is None:
+                _let_go(obj)
         raise
 
 
@@ -419,47 +409,3 @@ def _let_go(obj: object) -> None:
     for relationship in state.mapper.relationships:
         if relationship.direction is MANYTOONE and state.dict.get(relationship.key) is not None:
             setattr(obj, relationship.key, None)
-
-
-def _is_noticed(session: HomeSession, obj: object) -> bool:
-    """Whether there is a listener to what a session does with new objects, beside those that may emit SQL."""
-    return bool(state_of(obj).manager.dispatch.refresh_flush) or any(
-        getattr(session.dispatch, name) for name in _LIFE_EVENTS
-    )
-
-
-_LIFE_EVENTS: Final = ("after_attach", "transient_to_pending", "pending_to_persistent", "persistent_to_detached")
-
-
-def _insert_rows(repo: type[Repo], home: str, objects: Sequence[Any]) -> bool:
-    """Insert one row for each of *objects*, which become what was stored; False where that takes several statements."""
-    destination = Destination.of(type(objects[0]))
-    rows = [dict(_cells(obj, destination)) for obj in objects]
-    if any(type(obj) is not type(objects[0]) for obj in objects) or any(row.keys() != rows[0].keys() for row in rows):
-        return False
-    if any(
-        isinstance(value, ClauseElement) or hasattr(value, "__clause_element__")
-        for row in rows
-        for value in row.values()
-    ):
-        return False
-    names = list(destination.columns)
-    stored = repo.insert_all(type(objects[0]), rows, returning=names).rows or []
-    for obj, row, values in zip(objects, rows, stored, strict=True):
-        for name, value in zip(names, values if len(names) > 1 else [values], strict=True):
-            if row.get(name) is None:
-                set_committed_value(obj, name, value)
-        state_of(obj).identity_token = home
-        make_transient_to_detached(obj)
-    return True
-
-
-def _cells(obj: object, destination: Destination) -> Iterator[tuple[str, Any]]:
-    """What an INSERT of *obj* by a session gives: nothing for None where there is a default, also the server's."""
-    given = state_of(obj).dict
-    for name, column in destination.columns.items():
-        value, means_none = given.get(name), column.type.should_evaluate_none
-        if value is not None or (means_none and name in given):
-            yield name, value
-        elif not (means_none or column.primary_key or column.default or column.server_default):
-            yield name, None
