@@ -136,9 +136,8 @@ class RepoFactory(Factory[T]):
     ``Meta`` takes, beside what factory_boy's does, both inherited:
 
     - ``repo``: the repo class.
-    - ``get_or_create``: attributes by which a row is looked for with `Repo.get_by`, and taken as it is if there is
-      one. Not by ON CONFLICT, which would need a constraint on just these, and no mapper events or second table. When
-      somebody else inserts it at the same moment, theirs is taken if a unique constraint says so.
+    - ``get_or_create``: column attributes by which a row is looked for with `Repo.get_by`, and taken as it is if there
+      is one; if somebody else inserts it at the same moment and a constraint refuses ours, theirs is taken.
 
     Raises:
         ConfigError: No repo is said, the model is not mapped, or a sub-factory writes through a repo of another config.
@@ -163,7 +162,7 @@ class RepoFactory(Factory[T]):
 
     @classmethod
     def create_batch(cls, size: int, **attributes: Any) -> list[T]:
-        """Create *size* objects, with one INSERT for all of them if possible; in their order."""
+        """Create *size* objects, all or none, with one INSERT where that gives the same; in their order."""
         if cls._meta.abstract:
             return super().create_batch(size, **attributes)
         graph = _Graph.of(cls._meta)
@@ -200,6 +199,7 @@ class RepoFactory(Factory[T]):
 
     @classmethod
     def _create(cls, model_class: type[T], *args: Any, **kwargs: Any) -> T:
+        # Not by ON CONFLICT: it needs a constraint on just these columns, one table and no mapper events.
         repo = cls._meta.used_repo
         wanted = {name: cls._given(name, kwargs) for name in cls._meta.get_or_create}
         found = repo.get_by(model_class, **wanted) if wanted else None
@@ -208,8 +208,8 @@ class RepoFactory(Factory[T]):
         try:
             with repo.savepoint() if wanted and repo.in_transaction() else nullcontext():
                 return cls._insert(model_class(*args, **kwargs))
-        except ConstraintError as error:
-            found = repo.get_by(model_class, **wanted) if wanted and error.kind == "unique" else None
+        except ConstraintError:
+            found = repo.get_by(model_class, **wanted) if wanted else None
             if found is None:
                 raise
             return found

@@ -26,6 +26,7 @@ from shardrepo import (
     TransactionDoomedError,
     WrongDatabaseError,
 )
+from shardrepo.testing.batch import insert_objects
 from shardrepo.testing.factories import RepoFactory
 from shardrepo.testing.servers import Server, count_statements
 
@@ -312,6 +313,18 @@ def test_an_object_of_another_home_is_refused(
     assert len(contents(server, one)) == 1
 
 
+def test_an_object_of_another_home_is_refused_however_it_comes_in(
+    server: Server, names: tuple[str, str], users: Factory, posts: Factory
+) -> None:
+    """Also by what a factory makes of its attributes, or a model of its arguments."""
+    user = users.create()
+    adjusting = deriving(posts, _adjust_kwargs=classmethod(lambda cls, **kwargs: {**kwargs, "author": user}))
+    for create in (adjusting.on(names[1]).create, lambda **given: adjusting.on(names[1]).create_batch(2, **given)):
+        with pytest.raises(WrongDatabaseError, match="User belongs to"):
+            create(author=None)
+    assert contents(server, names[1]) == []
+
+
 def test_an_object_of_the_same_home_is_referred_to(
     server: Server, names: tuple[str, str], users: Factory, posts: Factory
 ) -> None:
@@ -506,6 +519,8 @@ def test_a_batch_is_what_as_many_creates_are(server: Server, names: tuple[str, s
             data=factory.Dict({"a": factory.Sequence(lambda n: n), "b": None}),
         ),
         deriving(RepoFactory, {"model": Note}, heading="h", token="t", data=None, kind=func.lower("X")),
+        deriving(RepoFactory, {"model": Note}, heading=factory.Sequence(lambda n: f"n{n}"), token="t", data=None),
+        deriving(RepoFactory, {"model": Note}, heading=factory.Sequence(lambda n: f"m{n}"), token="t"),
         deriving(RepoFactory, {"model": Place}, row=1, seat=factory.Sequence(lambda n: n), changed="x"),
         deriving(RepoFactory, {"model": Dog}, breed="b"),
         deriving(RepoFactory, {"model": Animal}),
@@ -570,6 +585,14 @@ def test_new_children_come_with_each(server: Server, names: tuple[str, str], rep
     many = parents.create_batch(2)
     assert [user.posts[0].author_id for user in many] == [1, 2]
     assert found(server, names[0], "posts", "author_id") == [1, 2]
+
+
+def test_objects_of_several_classes_are_inserted_one_by_one(
+    server: Server, names: tuple[str, str], repo: type[Repo]
+) -> None:
+    """As a model may make them that chooses a class for itself."""
+    insert_objects(repo, [User(name="x"), Tag(label="y"), User(name="z")])
+    assert (found(server, names[0]), found(server, names[0], "tags", "label")) == (["x", "z"], ["y"])
 
 
 def test_a_batch_that_fails_leaves_nothing(server: Server, names: tuple[str, str], users: Factory) -> None:
