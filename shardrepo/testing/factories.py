@@ -2,8 +2,8 @@
 # factory_boy annotates what its users call, and little of what is to be overridden.
 """Factories of factory_boy that write through a repo, into the database that is current when they are called.
 
-Leans on how factory_boy makes an object, which it does not document: `StepBuilder`, and `instantiate` and
-`use_postgeneration_results` of a factory's options.
+Leans on how factory_boy makes an object, which it does not document: on `StepBuilder`, and `instantiate` of a factory's
+options.
 """
 
 from __future__ import annotations
@@ -90,11 +90,6 @@ class RepoOptions(base.FactoryOptions):
             if getattr(step.builder, "is_held_back", False):
                 return self.get_model_class()(*args, **kwargs)
             return super().instantiate(step, args, kwargs)
-
-    def use_postgeneration_results(self, step: Any, instance: Any, results: Mapping[str, Any]) -> None:
-        create = step.builder.strategy == CREATE_STRATEGY
-        with _Graph.of_step(step, self).writing(self) if create else nullcontext():
-            super().use_postgeneration_results(step, instance, results)
 
 
 def _check_repo(_meta: object, repo: object) -> None:

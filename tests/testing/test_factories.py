@@ -374,14 +374,17 @@ def test_a_factory_of_another_kind_uses_ours(names: tuple[str, str], repo: type[
 
 @pytest.mark.parametrize("several", [False, True])
 def test_a_graph_that_fails_leaves_nothing(
-    server: Server, names: tuple[str, str], repo: type[Repo], posts: Factory, several: bool
+    server: Server, names: tuple[str, str], repo: type[Repo], users: Factory, posts: Factory, several: bool
 ) -> None:
     """Whatever fails in it: an insert, a hook, a lazy attribute; one object or several."""
 
     def fail(*_: Any, **__: Any) -> None:
         raise LookupError
 
+    author = factory.SubFactory(users)
     failing = [
+        (deriving(posts, title=None, author=factory.Maybe(factory.LazyFunction(bool), None, author)), ConstraintError),
+        (deriving(posts, title=None, author=factory.Transformer(author, transform=lambda user: user)), ConstraintError),
         (deriving(posts, title=None), ConstraintError),
         (deriving(posts, hook=factory.PostGeneration(fail)), LookupError),
         (deriving(posts, late=factory.RelatedFactory(deriving(posts, title=None))), ConstraintError),
