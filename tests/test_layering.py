@@ -55,6 +55,7 @@ OWNERS = {
     "psycopg": {"boxed", "catalog", "connection", "diagnosis", "driver", "testing"},
     "alembic": {"fleet", "scripts"},
     "pytest": {"pytest_plugin", "testing"},
+    "factory": {"testing"},
 }
 
 LATER = ("alembic", "pytest", "typer", "rich", "matplotlib", "hypothesis", "factory", "psycopg", "psycopg_binary")
