@@ -197,9 +197,8 @@ class Migrations:
     def up_and_down(self, *, irreversible: Collection[str] = ()) -> None:
         """Run each revision, take it back and run it again, all of them in their order, on all branches.
 
-        Afterwards the schema has to be what it was before, to the last definition: see `shardrepo.testing.schema`. So
-        that any way back leads where it should: it is made of these steps. Rows are not compared; there are none but
-        those that the revisions insert.
+        Taken back, the schema has to be what it was before, to the last definition: `shardrepo.testing.schema` says of
+        what. Any longer way back is made of such steps. Rows are not compared.
 
         Args:
             irreversible: Revisions that are not taken back.
@@ -246,27 +245,35 @@ class Migrations:
                 where the empty ones are. Nobody may be connected to the originals meanwhile.
 
         Raises:
-            ConfigError: There is no such revision, or no script for where a copy is.
+            ConfigError: There is no such revision, no database in the sample, or no script for where a copy is.
             UnknownDatabaseError: A template is none that the directory knows.
         """
-        migrator, revision, names = self._migrator, self._migrator.revision(revision), tuple(templates)
-        originals = members(migrator.repo, Selection(names=names)).found if names else ()
+        revision, originals = self._migrator.revision(revision), self._originals(templates)
+        if count is None:
+            count = 0 if originals else 1
+        if count < 0 or not (count or originals):
+            raise ConfigError(f"a sample of {count} databases shows nothing: give it one, or a template")
         with ExitStack() as stack:
-            empty = range((0 if names else 1) if count is None else count)
-            databases = [stack.enter_context(self._empty()) for _ in empty]
-            databases += [stack.enter_context(make_scratch(migrator.repo, each.database)) for each in originals]
-            sample = Sample(migrator, revision, databases)
+            databases = [stack.enter_context(self._empty()) for _ in range(count)]
+            databases += [stack.enter_context(make_scratch(self._migrator.repo, each)) for each in originals]
+            sample = Sample(self._migrator, revision, databases)
             sample._go_before()
             yield sample
+
+    def _originals(self, templates: Iterable[str]) -> Sequence[Database]:
+        if isinstance(templates, str):
+            raise ConfigError(f"templates are databases by their names, as in [{templates!r}]")
+        names = tuple(templates)
+        return [each.database for each in members(self._migrator.repo, Selection(names=names)).found] if names else ()
 
     @contextmanager
     def engine(self) -> Iterator[Engine]:
         """An engine to an empty database, for pytest-alembic's fixture ``alembic_engine``."""
-        with self._empty() as database, ExitStack() as stack:
-            # One that no require_head keeps out of a database that is behind, and that keeps no connection.
-            connection = stack.enter_context(self._migrator.databases.cache.transient(database))
-            stack.close()
-            yield connection.engine
+        with self._empty() as database:
+            # Not that of the repo's own verbs, which require_head keeps out of a database that is behind.
+            with self._migrator.databases.cache.transient(database) as connection:
+                engine = connection.engine
+            yield engine
 
     @property
     def config(self) -> AlembicConfig:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from importlib.resources import files
 from itertools import takewhile
+from pathlib import Path
 from typing import Final, TypeAlias
 
 from sqlalchemy import TextClause, text
@@ -42,7 +42,7 @@ def read_schema(connection: Connection, version_table: str) -> Schema:
 
 @cache
 def _query() -> TextClause:
-    return text(files(__package__).joinpath("schema.sql").read_text("utf-8"))
+    return text(Path(__file__).with_name("schema.sql").read_text("utf-8"))
 
 
 def differences(expected: Schema, found: Schema) -> Iterator[str]:

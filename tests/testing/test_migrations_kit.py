@@ -506,6 +506,12 @@ def test_a_sample_that_cannot_be_is_refused(project: Project) -> None:
     for revision, said in [("0009", "did you mean '0001'"), ("base", "'base' is no revisions, and one is meant")]:
         with pytest.raises(ConfigError, match=said), kit(project).before(revision):
             raise AssertionError
+    for options, said in [
+        ({"count": 0}, "a sample of 0 databases shows nothing"),
+        ({"templates": "shard01"}, r"by their names, as in \['shard01'\]"),
+    ]:
+        with pytest.raises(ConfigError, match=said), kit(project).before("0001", **options):
+            raise AssertionError
     with pytest.raises(UnknownDatabaseError, match="'nobody'"), kit(project).before("0001", templates=["nobody"]):
         raise AssertionError
     name = project.names[0]
