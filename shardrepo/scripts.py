@@ -12,11 +12,12 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
-from alembic.config import Config as AlembicConfig
+from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 
@@ -25,6 +26,7 @@ from .errors import ConfigError
 Move: TypeAlias = Literal["upgrade", "downgrade", "stamp"]
 Standing: TypeAlias = Literal["at", "behind", "ahead", "unknown"]
 Revisions: TypeAlias = tuple[str, ...]
+AlembicConfig: TypeAlias = Config
 
 # Revisions by which a database may be behind the application's own, so that neither has to change first.
 TOLERATED: Final = 1
@@ -95,9 +97,35 @@ class Scripts:
         try:
             found = self.directory.get_revisions(target)
         except CommandError as error:
-            hint = f" (heads: {', '.join(self.heads)}); name one, or `heads`" if len(self.heads) > 1 else ""
-            raise ConfigError(f"{target!r} names no revision of these migrations: {error}{hint}") from error
+            raise ConfigError(
+                f"{target!r} names no revision of these migrations: {error}{self._hint(target)}"
+            ) from error
         return tuple(sorted(script.revision for script in found if script is not None))
+
+    def _hint(self, target: str) -> str:
+        if close := get_close_matches(target, self._all, n=1):
+            return f"; did you mean {close[0]!r}?"
+        return f" (heads: {', '.join(self.heads)}); name one, or `heads`" if len(self.heads) > 1 else ""
+
+    @property
+    def order(self) -> Revisions:
+        """All of them, each after those that it needs."""
+        return tuple(_revisions(self.steps("upgrade", "heads", ())))
+
+    def path(self, revision: str) -> str:
+        """Where the script of *revision* is."""
+        script = self.directory.get_revision(revision)
+        assert script is not None
+        return script.path
+
+    def before(self, revision: str) -> Revisions:
+        """Where a database is that has all that *revision* needs, and neither that nor anything else."""
+        return tuple(self.steps("upgrade", revision, ())[-1].from_revisions)
+
+    def way_back(self, revision: str) -> str:
+        """The target of a downgrade that undoes *revision*, with what needs it, and nothing on other branches."""
+        down = self.steps("upgrade", revision, ())[-1].from_revisions_no_deps
+        return f"{revision}@{down[0] if down else 'base'}"
 
     def steps(self, move: Move, target: str, heads: Revisions) -> Sequence[Any]:
         """What takes a database from *heads* to *target*, as Alembic runs it; also relative ones such as ``+1``, and

@@ -1,11 +1,17 @@
-"""What the demo's databases hold. The revisions in `migrations/` make the same table, and import nothing of this."""
+"""What the demo's databases hold, and the repo that `migrations/` migrates them by.
+
+The revisions make the same table, and import nothing of this.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from sqlalchemy import String, func
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from ..repo import Repo
 
 
 class Base(DeclarativeBase):
@@ -31,3 +37,14 @@ class Customer(Base):
 
     # An UPDATE returns what the server made of *database*, too, in the same round trip.
     __mapper_args__: Any = {"eager_defaults": True}  # noqa: RUF012  # declared by SQLAlchemy as an attribute
+
+
+def address() -> str:
+    """The database that the environment names."""
+    if "DATABASE_URL" not in os.environ:
+        raise SystemExit("which database? Set DATABASE_URL=postgresql+psycopg://user:password@host/name")
+    return os.environ["DATABASE_URL"]
+
+
+class DemoRepo(Repo, config=address):
+    """One of the demo's databases; they have no directory."""

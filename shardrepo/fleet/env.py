@@ -7,7 +7,8 @@
     env.run(MyRepo, Base.metadata)
 
 Run by Alembic itself, it migrates one database: the repo's default, or with ``-x database=shard02`` the one of that
-name, wherever the directory says that is.
+name, wherever the directory says that is. A program that runs Alembic, as pytest-alembic does, may hand over an engine
+of the repo's in ``config.attributes["connection"]``; then it is the database of that.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import TYPE_CHECKING, Any, Final
 from alembic import context
 from alembic.util import CommandError
 from sqlalchemy import MetaData
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 
 from ..errors import ConfigError, ShardRepoError
+from ..pool import LedgerPool
 from .lock import take
 from .members import Selection, members
 
@@ -83,7 +85,10 @@ def run(repo: type[Repo], target_metadata: MetaData | list[MetaData] | None, **o
             _run_migrations()
     else:
         if handed.databases is not repo._router.databases:
-            raise ConfigError(f"this env.py runs {repo.__name__}, and the fleet to be migrated is of another repo")
+            raise ConfigError(
+                f"this env.py runs {repo.__name__}, and the fleet to be migrated is of another repo: give env.run() "
+                "that one, or name the scripts that are its own (script_location)"
+            )
         context.configure(connection=handed.connection, **options)
         _run_migrations()
         handed.was_run = True
@@ -109,7 +114,9 @@ def _checked(repo: type[Repo], options: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _alone(repo: type[Repo]) -> Iterator[Connection]:
-    """A connection to the database that ``-x database=`` names, else to the default one; with its lock."""
+    """A connection to the database of an engine that was handed over, else to the one that ``-x database=`` names, else
+    to the default one; with its lock.
+    """
     with ExitStack() as stack:
         # As an error of its own, Alembic says it in a line, and shows no traceback.
         try:
@@ -123,12 +130,32 @@ def _alone(repo: type[Repo]) -> Iterator[Connection]:
 
 def _meant(repo: type[Repo]) -> Database:
     name = context.get_x_argument(as_dictionary=True).get("database")
+    engine = context.config.attributes.get("connection")
+    if engine is not None:
+        if name is not None:
+            raise ConfigError(f"the database is named twice, by -x database={name} and by {engine!r}: leave one out")
+        return _database_of(engine, repo)
     if name is None:
         return repo._router.databases.resolve(None)
     if not name:
         raise ConfigError("-x database= names no database: leave it out for the default one")
     (member,) = members(repo, Selection(names=(str(name),))).found
     return member.database
+
+
+def _database_of(engine: object, repo: type[Repo]) -> Database:
+    """The database of *engine*, which the repo has to have made: so it is known that these scripts are meant for it.
+
+    It is not the engine's connections that are used. A migration holds a lock as long as its own is open, and commits
+    revision by revision, which it could not do in a transaction of somebody else's.
+    """
+    pool = engine.pool if isinstance(engine, Engine) else None
+    if not isinstance(pool, LedgerPool) or pool.ledger is not repo._router.cache.ledger:
+        raise ConfigError(
+            f'config.attributes["connection"] is {engine!r}, no engine of {repo.__name__}, and nothing was sent there: '
+            f"hand over that of shardrepo.testing.migrations.Migrations({repo.__name__}), or {repo.__name__}.engine()"
+        )
+    return pool.database
 
 
 def _changes_the_schema() -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ..across import Outcome, Outcomes, Target, fan_out
 from ..catalog import Blueprint
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 # Databases of a server that are made or dropped at a time: the server does most of it one after the other.
 PER_SERVER = 2
+
+# What the databases are called that live for one comparison, or one test.
+SCRATCH: Final = "shardrepo_scratch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +239,19 @@ def _place(databases: Databases, name: str, server: str | None, known: Database 
             "was made. Choose another name"
         )
     return known or database
+
+
+@contextmanager
+def scratch(repo: type[Repo], template: Database | None = None) -> Iterator[Database]:
+    """A database that is there for the block: empty, or a copy of *template* beside that. No directory knows it."""
+    router, name = repo._router, f"{SCRATCH}_{secrets.token_hex(4)}"
+    database = place_anywhere(router.databases, name) if template is None else template.neighbour(name)
+    blueprint = Blueprint() if template is None else Blueprint(template.name)
+    router.create_database(database, blueprint, if_not_exists=False)
+    try:
+        yield database
+    finally:
+        router.drop_database(database, force=True, if_exists=True)
 
 
 def place_anywhere(databases: Databases, name: str) -> Database:

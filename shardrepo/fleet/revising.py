@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from alembic import command
 from alembic.runtime.environment import EnvironmentContext
@@ -20,12 +19,11 @@ from alembic.script import Script
 from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
-from ..catalog import Blueprint
 from ..database import Database
 from ..errors import ConfigError
 from ..scripts import Revisions, Scripts, Source, forget
 from .env import HANDED, Handed
-from .making import place_anywhere
+from .making import scratch
 from .members import Selection, members
 from .plan import Task
 from .planning import source_of
@@ -33,9 +31,6 @@ from .worker import Manner, alembic_in_use, migrate
 
 if TYPE_CHECKING:
     from ..repo import Repo
-
-# What the databases are called that live for one comparison.
-SCRATCH: Final = "shardrepo_scratch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,22 +145,17 @@ def _compared(repo: type[Repo], source: Source, name: str | None, x: Sequence[st
         with databases.cache.transient(member.database) as connection:
             yield connection
         return
-    with _scratch(repo, source, x) as database, databases.cache.transient(database) as connection:
+    with _at_head(repo, source, x) as database, databases.cache.transient(database) as connection:
         yield connection
 
 
 @contextmanager
-def _scratch(repo: type[Repo], source: Source, x: Sequence[str]) -> Iterator[Database]:
+def _at_head(repo: type[Repo], source: Source, x: Sequence[str]) -> Iterator[Database]:
     """A database at head that is there for the block."""
-    router = repo._router
-    database = place_anywhere(router.databases, f"{SCRATCH}_{secrets.token_hex(4)}")
-    router.create_database(database, Blueprint(), if_not_exists=False)
-    try:
+    with scratch(repo) as database:
         manner = Manner("", source, "upgrade", session="shardrepo revision", x=tuple(x))
         migrate(repo, database, manner, Task(database.name, database.home, database.server, "heads"))
         yield database
-    finally:
-        router.drop_database(database, force=True, if_exists=True)
 
 
 def sql(

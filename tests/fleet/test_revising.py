@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shardrepo import ConfigError, UnknownDatabaseError, fleet
-from shardrepo.fleet.revising import SCRATCH
+from shardrepo.fleet.making import SCRATCH
 from shardrepo.fleet.scaffold import init
 from shardrepo.testing.servers import Servers
 

@@ -205,6 +205,11 @@ def test_a_name_of_nothing(line: Scripts, target: str) -> None:
     assert f"{target!r} names no revision of these migrations" in refused(lambda: line.resolve(target))
 
 
+def test_a_name_that_is_misspelt(line: Scripts) -> None:
+    """The message has the one that was meant."""
+    assert refused(lambda: line.resolve("tow")).endswith("; did you mean 'two'?")
+
+
 def test_the_beginning_of_several_names(tmp_path: Path) -> None:
     """It names none of them."""
     scripts = Scripts(Source(write_line(tmp_path, "same1", "same2")))
@@ -396,3 +401,36 @@ def test_a_destination_that_other_branches_would_reach_too(
     """One step back on one branch is not the way to that revision, by which all would go: it is refused."""
     message = refused(lambda: branched.destination("downgrade", target, heads))
     assert f"leads from {' '.join(heads)} to {end} on one branch of several" in message
+
+
+# One by one
+
+
+def test_the_order_of_all(line: Scripts, branched: Scripts, dependent: Scripts) -> None:
+    """Each comes after those that it follows or depends on, on whatever branch."""
+    assert line.order == ("one", "two", "three", "four")
+    for scripts, pairs in [
+        (branched, [("a1", "a2"), ("a2", "merged"), ("b1", "merged"), ("merged", "x"), ("merged", "y")]),
+        (dependent, [("a1", "a2"), ("a2", "b1"), ("b1", "b2")]),
+    ]:
+        assert len(set(scripts.order)) == len(scripts.order)
+        assert all(scripts.order.index(first) < scripts.order.index(then) for first, then in pairs)
+
+
+def test_where_a_database_is_before_a_revision(line: Scripts, branched: Scripts, dependent: Scripts) -> None:
+    """It has all that the revision needs, in as few words as the table of versions has."""
+    assert (line.before("one"), line.before("four")) == ((), ("three",))
+    assert sorted(branched.before("merged")) == ["a2", "b1"]
+    assert (branched.before("y"), dependent.before("b1")) == (("merged",), ("a2",))
+
+
+@pytest.mark.parametrize(("revision", "heads"), [("a1", ("a1", "b1")), ("merged", ("merged",)), ("y", ("x", "y"))])
+def test_the_way_back_of_one(branched: Scripts, revision: str, heads: Revisions) -> None:
+    """It undoes just that, and leaves the other branches where they are."""
+    steps = branched.steps("downgrade", branched.way_back(revision), heads)
+    assert [step.revision.revision for step in steps] == [revision]
+
+
+def test_where_a_script_is(line: Scripts) -> None:
+    """Its file, which messages name."""
+    assert Path(line.path("two")).name == "two.py"
