@@ -187,8 +187,10 @@ def shardrepo_sandbox(
         for lasting in settings.databases.values() if marked is None else marked:
             _shardrepo_stock(shardrepo_servers[lasting.server - 1]).last([lasting.name])
     if "shardrepo_databases" in request.fixturenames:
-        # First, so that they are dropped when the sandbox has left them.
+        # First, so that they are dropped when the sandbox has left them; a schema could not be made in it.
         request.getfixturevalue("shardrepo_databases")
+        for server in shardrepo_servers:
+            _shardrepo_stock(server).template()
     with shardrepo_repo.sandbox(
         databases=None if marked is None else [_choice(shardrepo_repo, shardrepo_servers, each) for each in marked],
         shared=settings.shared,

@@ -51,6 +51,16 @@ class Stock:
         # Says that the run goes on, as long as it is open.
         self._presence: psycopg.Connection | None = None
 
+    def template(self) -> str:
+        """Make the template unless it is there, with its schema; returns its name."""
+        if self._template is None:
+            self._join()
+            name = f"test_template_{self._run}"
+            with self._alone() as connection:
+                self._fill(connection, name)
+            self._template = name
+        return self._template
+
     def fresh(self, count: int = 1) -> list[str]:
         """Make *count* copies of the template, under names that nobody had before; returns them."""
         names = [f"test_{self._worker}_{self._run}_{next(self._numbers):04d}" for _ in range(count)]
@@ -72,7 +82,7 @@ class Stock:
         wanted = [name for name in names if name not in self._lasting]
         if not wanted:
             return
-        self._make_template()
+        self.template()
         with self._alone() as connection:
             _drop_leftovers(connection)
             there = _marks(connection)
@@ -94,23 +104,13 @@ class Stock:
             _drop_leftovers(connection)
 
     def _copy(self, names: Sequence[str]) -> None:
-        template = self._make_template()
+        template = self.template()
         try:
             self._server.create_databases(names, template=template, comment=_COMMENT.format(run=self._run))
         except psycopg.errors.ObjectInUse as error:
             raise self._in_use(template) from error
         except psycopg.errors.DuplicateDatabase as error:
             raise StockError(f"{self._server.host}:{self._server.port}: {error}; drop it") from error
-
-    def _make_template(self) -> str:
-        """The name of the template, which is there then, with its schema."""
-        if self._template is None:
-            self._join()
-            name = f"test_template_{self._run}"
-            with self._alone() as connection:
-                self._fill(connection, name)
-            self._template = name
-        return self._template
 
     def _join(self) -> None:
         if self._presence is not None:

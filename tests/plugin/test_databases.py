@@ -18,7 +18,7 @@ pytestmark = pytest.mark.testing
 BARE = """
     [pytest]
     pythonpath = .
-    addopts = -p no:randomly -p no:faker -p no:hypothesispytest -p no:timeout
+    addopts = -p no:randomly -p no:faker -p no:hypothesispytest -p no:timeout -p no:pytest_alembic
     filterwarnings = error
 """
 

@@ -40,7 +40,7 @@ MEANT: dict[str, Any] = {
 }
 
 # Without what takes longer to load than these tests to run.
-QUICKLY = [f"-pno:{name}" for name in ("randomly", "faker", "hypothesispytest", "timeout")]
+QUICKLY = [f"-pno:{name}" for name in ("randomly", "faker", "hypothesispytest", "timeout", "pytest_alembic")]
 
 DEFAULTS = Settings((), 1, None, "DATABASE_URL", None, None, {}, False, False)
 
