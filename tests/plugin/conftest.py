@@ -32,7 +32,9 @@ APP = """
 INI = """
     [pytest]
     pythonpath = .
-    addopts = -p no:randomly -p no:faker -p no:hypothesispytest -p no:timeout -p no:pytest_alembic --strict-markers --strict-config
+    addopts =
+        -p no:randomly -p no:faker -p no:hypothesispytest -p no:timeout -p no:pytest_alembic
+        --strict-markers --strict-config
     filterwarnings = error
     shardrepo_repo = app:MyRepo
     shardrepo_metadata = app:Base.metadata

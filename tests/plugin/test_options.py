@@ -138,8 +138,10 @@ def test_a_database_on_the_second_server(pytester: pytest.Pytester) -> None:
         assert read(pytester, flag).databases == {"one": Lasting("one", 1), "two": Lasting("two", 2)}
 
 
-@pytest.mark.parametrize(("name", "value", "message"), WRONG)
-@pytest.mark.parametrize("by", ["flag", "ini"])
+@pytest.mark.parametrize(
+    ("by", "name", "value", "message"),
+    [("flag", *each) for each in WRONG] + [("ini", *each) for each in WRONG if each[0] in ("servers", "url")],
+)
 def test_a_value_that_cannot_be(pytester: pytest.Pytester, by: str, name: str, value: str, message: str) -> None:
     """A run with a wrong value ends before it begins, and says where it stands and what it has to be; no password."""
     flags = [flag_of(name, value)] if by == "flag" else []
