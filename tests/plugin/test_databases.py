@@ -127,10 +127,11 @@ def test_no_schema(project: Project) -> None:
     result.assert_outcomes(passed=1)
 
 
+# In a sandbox, in which nothing could be migrated any more.
 MIGRATED = """
-    def test_migrated(shardrepo_database, shardrepo_servers):
-        with shardrepo_servers[0].connect(shardrepo_database) as connection:
-            connection.execute("SELECT id, text FROM notes")
+    def test_migrated(shardrepo_sandbox, shardrepo_database):
+        with MyRepo.using(shardrepo_database):
+            assert MyRepo.all(Note) == []
 """
 
 ENV = """
