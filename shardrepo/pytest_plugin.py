@@ -173,6 +173,7 @@ def shardrepo_database(shardrepo_databases: Callable[..., list[str]]) -> str:
 def shardrepo_sandbox(
     request: pytest.FixtureRequest,
     shardrepo_servers: Sequence[ServerAt],
+    _shardrepo_environment: None,  # before the repo, which may be another fixture than ours
     shardrepo_repo: type[Repo],
     _shardrepo_stock: Callable[[ServerAt], Stock],
 ) -> Iterator[Sandbox]:

@@ -93,6 +93,23 @@ def test_a_repo_of_ones_own(project: Project) -> None:
     result.assert_outcomes(passed=1)
 
 
+def test_the_variable_is_set_before_a_repo_of_ones_own(project: Project) -> None:
+    """A test in a sandbox has the variable set before the fixture of its repo runs, whoever wrote that."""
+    project.configure("", base=INI.replace("shardrepo_repo = app:MyRepo", ""))
+    result = project.run(
+        """
+        @pytest.fixture(scope="session")
+        def shardrepo_repo():
+            yield MyRepo
+            MyRepo.dispose()
+
+        def test_repo(shardrepo_sandbox, shardrepo_servers):
+            assert MyRepo.get_database().port == shardrepo_servers[0].port
+        """
+    )
+    result.assert_outcomes(passed=1)
+
+
 USES = "def test_repo(shardrepo_repo): pass"
 
 
