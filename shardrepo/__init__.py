@@ -30,6 +30,7 @@ from .errors import (
 from .log import DatabaseFilter
 from .repo import Repo
 from .returning import BulkResult
+from .sandbox import Sandbox
 from .session import RoutedSession
 from .stats import Stats
 
@@ -58,6 +59,7 @@ __all__ = [
     "Repo",
     "RepoDisposedError",
     "RoutedSession",
+    "Sandbox",
     "SandboxError",
     "ServerFullError",
     "ServerUnavailableError",

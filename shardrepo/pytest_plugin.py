@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
     from .repo import Repo
     from .sandbox import Sandbox
+    from .scripts import Source
     from .testing.address import ServerAt
+    from .testing.migrations import Migrations
     from .testing.stock import Stock
 
 _SETTINGS: Final = pytest.StashKey[Settings]()
@@ -200,6 +202,18 @@ def shardrepo_sandbox(
         yield sandbox
 
 
+@pytest.fixture
+def shardrepo_migrations(
+    pytestconfig: pytest.Config, _shardrepo_environment: None, shardrepo_repo: type[Repo]
+) -> Migrations:
+    """The repo's migrations, tested in databases that are made for it: up and down, drift, what they do to rows."""
+    from .testing.migrations import Migrations
+
+    settings = pytestconfig.stash[_SETTINGS]
+    with _clearly(ConfigError):
+        return Migrations(shardrepo_repo, source=_source(settings.script_location, pytestconfig.rootpath))
+
+
 @pytest.fixture(autouse=True)
 def _shardrepo_marked(request: pytest.FixtureRequest) -> None:
     """Give a test that is marked with ``shards`` its sandbox, whether it asks for that or not."""
@@ -243,11 +257,20 @@ def _create_all(metadata: MetaData, url: URL) -> None:
 
 def _upgrade(repo: type[Repo], script_location: str | None, root: Path, url: URL) -> None:
     from .database import Database
-    from .fleet.settings import Settings as Project
     from .testing.migrations import migrate
 
-    source = None if script_location is None else Project.load({"script_location": script_location}, root).source
-    migrate(repo, Database.from_url(url), source=source)
+    migrate(repo, Database.from_url(url), source=_source(script_location, root))
+
+
+def _source(script_location: str | None, root: Path) -> Source | None:
+    """The scripts that the option script_location names; None where it leaves that to the repo."""
+    from .fleet.settings import Settings as Project
+
+    if script_location is None:
+        return None
+    # From where pytest's ini file is, which need not be where the project of the command begins.
+    absolute = script_location if ":" in script_location else str(root / script_location)
+    return Project.load({"script_location": absolute}, root).source
 
 
 def _leave_empty(url: URL) -> None:

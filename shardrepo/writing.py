@@ -40,6 +40,8 @@ def upsert(session: HomeSession, obj: object, conflict: Conflict) -> bool:
         return False
     for name, column in destination.columns.items():
         set_committed_value(obj, name, row._mapping[column])
+    # As a session tells it: values that notice their own changes are made of those that came.
+    state.manager.dispatch.refresh(state, None, set(destination.columns))
     state.identity_token = session.home
     make_transient_to_detached(obj)
     put_back()

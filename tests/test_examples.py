@@ -21,7 +21,8 @@ from shardrepo import NoDatabaseError, Repo
 from shardrepo.testing.servers import Server, Servers
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+TESTS = ROOT / "examples" / "test_app.py"
+EXAMPLES = sorted(set((ROOT / "examples").glob("*.py")) - {TESTS})
 
 # The README's two hosts are the first two servers; its databases are made on them, with its own schema.
 README_DATABASES = {"db01": ["app", "shard02", "shard07"], "db02": ["shard201"]}
@@ -68,6 +69,16 @@ def test_an_example_runs(example: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == PRINTED[example.name]
+
+
+@pytest.mark.parametrize("flags", [(), ("-n", "2")], ids=["in one process", "in two"])
+def test_the_tests_of_an_example_run(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Whoever runs them from anywhere, in random order, starts servers and has nothing to set up."""
+    command = [sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", str(TESTS), *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\b8 passed\b", done.stdout)
+    assert "skipped" not in done.stdout
 
 
 class WebApp:
@@ -169,10 +180,10 @@ def readme_servers(servers: Servers) -> Iterator[dict[str, Server]]:
 
 
 def test_the_readme_runs(readme_servers: dict[str, Server], capsys: pytest.CaptureFixture[str]) -> None:
-    """The Python blocks of the README, in their order and in one namespace, on real servers; those of the fleet, which
-    are files, run elsewhere."""
-    page = re.sub(r"^## The fleet\n.*?(?=^## )", "", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
-    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    """The Python blocks of the README, in their order and in one namespace, on real servers; those that are files run
+    elsewhere."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    blocks = [block for block in blocks if not re.match(r"# \S+\.py\n", block)]
     assert len(blocks) >= 6
     namespace: dict[str, object] = {"__name__": "readme"}
     for block in blocks:

@@ -235,6 +235,12 @@ OPTIONS: Final = (
         kind="linelist",
     ),
     Option("shared", "let all threads of a test use its sandbox", bool, default=False, kind="bool"),
-    Option("check_deferred", "check deferred constraints when a sandbox ends", bool, default=False, kind="bool"),
+    Option(
+        "check_deferred",
+        "check deferred constraints where a transaction ends in a sandbox",
+        bool,
+        default=False,
+        kind="bool",
+    ),
 )
 assert [option.name for option in OPTIONS] == [field.name for field in fields(Settings)]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from sqlalchemy import UniqueConstraint, inspect
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from shardrepo import BulkResult, ConstraintError, Repo, WrongDatabaseError
@@ -25,9 +26,31 @@ pytestmark = pytest.mark.verbs
 SANDBOXED = True
 
 
+class Changing(DeclarativeBase):
+    """Root of a class whose values notice when they are changed in place."""
+
+
+class ChangingNote(Changing):
+    __tablename__ = "notes"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    heading: Mapped[str] = mapped_column("Title %")
+    token: Mapped[str] = mapped_column(default="t")
+    data: Mapped[dict[str, Any]] = mapped_column(MutableDict.as_mutable(JSONB))
+
+
 @pytest.fixture
 def ada(sql: SQL) -> None:
     sql("INSERT INTO users (name, email, age, city) VALUES ('Ada', 'ada@x', 36, 'London')")
+
+
+def test_a_value_that_changes_in_place_is_written_afterwards(repo: type[Repo], sql: SQL) -> None:
+    """What the server gave back is what the mapping makes of it, which notices its changes."""
+    note = ChangingNote(heading="h", data={"x": 1})
+    repo.insert(note, on_conflict="nothing")
+    note.data["y"] = 2
+    repo.update(note)
+    assert sql("SELECT data FROM notes") == [({"x": 1, "y": 2},)]
 
 
 def test_without_a_conflict_it_is_an_insert(repo: type[Repo], sql: SQL) -> None:
