@@ -417,7 +417,7 @@ def test_listeners_come_and_go_while_threads_work(make_repo: Callable[..., type[
 def test_a_listener_that_is_interrupted_loses_no_connection(
     make_repo: Callable[..., type[Repo]], make_databases: Callable[..., list[str]], name: event.EventName
 ) -> None:
-    """A signal's exception ends the call; the connection is closed, as nobody has it."""
+    """A signal's exception ends the call; a connection that was taken goes back, one that was not yet is closed."""
     one, other = make_databases(2)
     repo = make_repo(one, pool_size=1)
     repo.count(Tag)
@@ -429,7 +429,7 @@ def test_a_listener_that_is_interrupted_loses_no_connection(
     with repo.using(other), pytest.raises(KeyboardInterrupt):
         repo.count(Tag)
     event.remove(repo, name, interrupt)
-    assert (repo.stats().in_use, repo.stats().closed) == (0, 2)
+    assert (repo.stats().in_use, repo.stats().closed) == (0, 1 if name == "checkout" else 2)
     assert repo.count(Tag) == 0
     assert books_balance(repo)
 

@@ -290,11 +290,11 @@ def test_a_connection_has_one_owner_while_it_is_collected(
         (entry,) = repo._router.cache.ledger._in_use
         assert entry.connection is not None
         driver: Any = entry.connection.dbapi_connection
+        number = driver.fileno()
         proxy.deafen()
         collecting = threading.Thread(target=gc.collect)
         collecting.start()
         await_(lambda: driver.lock.locked() or not collecting.is_alive())
-        number = driver.fileno()
         await_(lambda: repo.stats().closed == 1)
         silence = os.pipe()
         os.dup2(silence[0], number)  # as the next file or socket does that anybody opens

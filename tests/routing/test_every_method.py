@@ -184,7 +184,7 @@ CASES: dict[Callable[[type[Repo]], str], str] = {
 
 # Of all databases at once, or called by the verbs.
 OF_NO_DATABASE = {
-    *("stats", "disconnect_all", "dispose", "databases", "across"),
+    *("stats", "disconnect_all", "dispose", "databases", "across", "sandbox"),
     *("prepare_query", "default_options", "configure_engine", "locate", "list_databases"),
 }
 
