@@ -89,6 +89,16 @@ class Sandboxes:
         sandbox = self.current()
         return None if sandbox is None else sandbox.lend(pool)
 
+    def admit(self, database: Database) -> None:
+        """Have a visit of *database* be in the caller's sandbox, where what asks a server something need not be.
+
+        Raises:
+            SandboxError: That is over other databases, or the caller belongs to none that is open.
+        """
+        sandbox = self.current()
+        if sandbox is not None:
+            sandbox.admit(database)
+
     def check_undoable(self, operation: str) -> None:
         """Raise `SandboxError` if the caller's sandbox could not undo *operation*."""
         sandbox = self.current() if self._open else None
@@ -259,18 +269,28 @@ class Sandbox:
     def lend(self, pool: LedgerPool) -> CachedConnection | None:
         """A connection of the box that *pool* leads to."""
         database = pool.database
-        if database.home in self._unboxed.get():
+        if self._leaves(database):
             return None
-        if pool.kind is Kind.TRANSIENT:
+        if pool.kind is not Kind.TRANSIENT:
+            self.admit(database)
+        elif database.name == self._maintenance_database and database.home not in self._boxes:
             # A question to a server, as of a directory. What would change anything there is refused before.
-            if database.name == self._maintenance_database and database.home not in self._boxes:
-                return None
-        elif self._homes is not None and database.home not in self._homes:
+            return None
+        return self._box(database.home).lend(pool)
+
+    def admit(self, database: Database) -> None:
+        """Have *database* be one of its, unless it is left alone here; `SandboxError` if it is over others."""
+        if self._leaves(database):
+            return
+        if self._homes is not None and database.home not in self._homes:
             raise SandboxError(
                 f"{database.home} is none of the databases of this sandbox, {', '.join(sorted(self._homes))}: name it "
                 "among them, or choose another one"
             )
-        return self._box(database.home).lend(pool)
+        self._box(database.home)
+
+    def _leaves(self, database: Database) -> bool:
+        return database.home in self._unboxed.get()
 
     def _box(self, home: str) -> Box:
         from .boxed import Box  # here, so that `import shardrepo` loads no driver
