@@ -18,6 +18,7 @@ from shardrepo import (
     RepoDisposedError,
     SandboxError,
     TransactionDoomedError,
+    fleet,
 )
 from shardrepo.testing.servers import Server, Servers
 
@@ -481,6 +482,15 @@ def test_databases_are_made_and_dropped_outside(repo: type[Repo], server: Server
             assert repo.create_database("unboxed_made")
             assert repo.drop_database("unboxed_made")
     assert "unboxed_made" not in server.databases()
+
+
+def test_a_fleet_is_migrated_outside(repo: type[Repo], tmp_path: Path) -> None:
+    """Its workers are processes, of which no sandbox knows: they are not started, for a run that is taken up neither."""
+    with repo.sandbox():
+        with pytest.raises(SandboxError, match=r"fleet.upgrade.*unboxed"):
+            fleet.upgrade(repo)
+        with pytest.raises(SandboxError, match=r"fleet.upgrade.*unboxed"):
+            fleet.resume(repo, "upgrade", "last", fleet.Rollout(journal=tmp_path))
 
 
 # Which database
