@@ -117,6 +117,8 @@ class Box:
                 self.send(RESET)
                 self._is_untidy = False
         finally:
+            # Who has it still, detached or the driver's own, would be on a connection that is somebody else's by then.
+            lent.boxed.abandon()
             self._lent.discard(lent)
             self._end_turn()
 
@@ -435,12 +437,12 @@ class BoxedConnection(DriverConnection):
         self._end(keep=False)
 
     def abandon(self) -> None:
-        """Be of no use any more: the sandbox is over."""
+        """Be of no use any more: it was returned, or the sandbox is over."""
         self._is_closed, self.level = True, None
 
     def _check_open(self) -> None:
         if self._is_closed:
-            raise psycopg.OperationalError("this connection was closed")
+            raise psycopg.OperationalError("this connection was closed or returned, or its sandbox is over")
 
     def commit(self) -> None:
         self._check_open()

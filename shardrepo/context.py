@@ -56,8 +56,8 @@ class Context:
         self._choice: ContextVar[Selection[Choice]] = ContextVar(f"{name} choice", default=Selection())  # noqa: B039  # frozen
         self._options: ContextVar[Selection[CallOptions]] = ContextVar(f"{name} options", default=Selection())  # noqa: B039
         self._held: ContextVar[Held | None] = ContextVar(f"{name} held", default=None)
-        # The sandbox that whoever runs belongs to.
-        self.sandbox: ContextVar[Any] = ContextVar(f"{name} sandbox", default=None)
+        # Of which sandbox whoever runs is a member.
+        self.membership: ContextVar[Any] = ContextVar(f"{name} membership", default=None)
 
     @property
     def choice(self) -> Choice | None:
@@ -149,7 +149,7 @@ class Context:
     def carry(self, function: Callable[P, T]) -> Callable[P, T]:
         """Wrap *function* so that it runs with this context's choice in whatever thread calls it."""
         check_plain(function, "carry()", "use `with repo.using(...)` inside it")
-        variables: list[ContextVar[Any]] = [self._choice, self._held, self.sandbox]
+        variables: list[ContextVar[Any]] = [self._choice, self._held, self.membership]
         values = [variable.get() for variable in variables]
 
         @wraps(function)

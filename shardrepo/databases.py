@@ -108,6 +108,11 @@ class Databases:
         if "sandboxes" in self.__dict__:
             self.sandboxes.check_undoable(operation)
 
+    def admit(self, database: Database) -> None:
+        """Have *database* be in the caller's sandbox, if there is one; raise `SandboxError` if it may not be."""
+        if "sandboxes" in self.__dict__:
+            self.sandboxes.admit(database)
+
     @property
     def directory(self) -> Directory | None:
         """What is asked where a database is; None where nobody is."""

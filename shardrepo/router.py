@@ -476,6 +476,7 @@ class Router:
         Raises:
             DatabaseStateError: The directory says that it is not to be connected to. Nothing was sent.
         """
+        self.databases.admit(database)
         until = None if timeout is None else monotonic() + timeout
         with self.context.detached(), self.context.using(Choice(database=database)), ExitStack() as stack:
             with self._called("across", until):

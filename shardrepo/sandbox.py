@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
@@ -42,8 +42,21 @@ class Sandboxes:
         self.context = context
         self._lending = lending
         self._open: tuple[Sandbox, ...] = ()
+        # Those that have entered one, or were allowed in it, which they are for good: what they do later is refused.
+        self._threads: weakref.WeakKeyDictionary[threading.Thread, Sandbox] = weakref.WeakKeyDictionary()
         # Guards the above.
         self._lock = threading.Lock()
+
+    def join(self, thread: threading.Thread, sandbox: Sandbox) -> None:
+        """Have *thread* belong to *sandbox*, and to no other one."""
+        with self._lock:
+            self._threads[thread] = sandbox
+
+    def leave(self, thread: threading.Thread, sandbox: Sandbox) -> None:
+        """Have *thread* belong to none any more, if it does to *sandbox*."""
+        with self._lock:
+            if self._threads.get(thread) is sandbox:
+                del self._threads[thread]
 
     def add(self, sandbox: Sandbox) -> None:
         """Have those who belong to *sandbox* use it."""
@@ -71,23 +84,33 @@ class Sandboxes:
         Raises:
             SandboxError: It belongs to none, and there is one; or to one that is over, or its parent process's.
         """
-        joined: Sandbox | None = self.context.sandbox.get()
-        if joined is not None:
-            joined.check_usable()
-            return joined
+        member: Member | None = self.context.membership.get()
         thread = threading.current_thread()
-        for sandbox in self._open:
-            if sandbox.shared or thread in sandbox.threads:
-                sandbox.check_usable()
-                return sandbox
-        if self._open:
+        sandbox = (self._shared or self._threads.get(thread)) if member is None else member.sandbox
+        if sandbox is not None:
+            sandbox.check_usable()
+        elif self._open:
             raise SandboxError(f"{thread.name} belongs to no sandbox, and this repo is in one: {_REMEDIES}")
-        return None
+        return sandbox
+
+    @property
+    def _shared(self) -> Sandbox | None:
+        return next((sandbox for sandbox in self._open if sandbox.shared), None)
 
     def lend(self, pool: LedgerPool) -> CachedConnection | None:
         """A connection of the caller's sandbox; None where the cache's own is meant."""
         sandbox = self.current()
         return None if sandbox is None else sandbox.lend(pool)
+
+    def admit(self, database: Database) -> None:
+        """Have a visit of *database* be in the caller's sandbox, where what asks a server something need not be.
+
+        Raises:
+            SandboxError: That is over other databases, or the caller belongs to none that is open.
+        """
+        sandbox = self.current()
+        if sandbox is not None:
+            sandbox.admit(database)
 
     def check_undoable(self, operation: str) -> None:
         """Raise `SandboxError` if the caller's sandbox could not undo *operation*."""
@@ -99,12 +122,24 @@ class Sandboxes:
             )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
+    """What belongs to a sandbox: a thread or task for as long as this stands in its context.
+
+    Attributes:
+        sandbox: Which.
+        unboxed: The homes that are left alone where it runs.
+    """
+
+    sandbox: Sandbox
+    unboxed: frozenset[str] = frozenset()
+
+
 class Sandbox:
     """What `Repo.sandbox` returns. Each database gets one connection, when it is first used, and a transaction on it.
 
     Attributes:
-        shared: Whether every thread of the process belongs to it.
-        threads: Those that do, beside what was begun in it by tasks, `asyncio.to_thread` and `Repo.carry`.
+        shared: Whether every thread of the process belongs to it, as long as it is open.
         is_over: Whether it was left.
     """
 
@@ -119,7 +154,6 @@ class Sandbox:
         check_deferred: bool,
     ) -> None:
         self.shared = shared
-        self.threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._sandboxes = sandboxes
         self._resolve = resolve
         self._maintenance_database = maintenance_database
@@ -130,9 +164,8 @@ class Sandbox:
         self._boxes: dict[str, Box] = {}
         # Guards the above.
         self._lock = threading.Lock()
-        # The homes that are left alone where this runs.
-        self._unboxed: ContextVar[frozenset[str]] = ContextVar("unboxed", default=frozenset())
-        # What is to be undone of `allow`.
+        # Which thread has entered it, and what is to be undone of `allow`.
+        self._entered_by = threading.current_thread()
         self._allowed = ExitStack()
 
     def __repr__(self) -> str:
@@ -142,12 +175,13 @@ class Sandbox:
         context = self._sandboxes.context
         if context.is_holding:
             raise ConfigError("a sandbox cannot begin inside a transaction() or connection() block: leave that first")
-        around: Sandbox | None = context.sandbox.get()
-        if around is not None and not around.is_over:
+        around: Member | None = context.membership.get()
+        if around is not None and not around.sandbox.is_over:
             raise ConfigError("this thread or task is in a sandbox already: use that one")
-        self.threads.add(threading.current_thread())
         self._sandboxes.add(self)
-        context.sandbox.set(self)
+        self._entered_by = threading.current_thread()
+        self._sandboxes.join(self._entered_by, self)
+        context.membership.set(Member(self))
         return self
 
     def __exit__(
@@ -160,9 +194,9 @@ class Sandbox:
         """
         self.is_over = True
         self._sandboxes.remove(self)
-        variable = self._sandboxes.context.sandbox
-        if variable.get() is self:
-            variable.set(None)
+        self._sandboxes.leave(self._entered_by, self)
+        if self._joined is not None:
+            self._sandboxes.context.membership.set(None)
         self._allowed.close()
         problems = self._roll_back()
         if not problems:
@@ -180,12 +214,15 @@ class Sandbox:
     def allow(self, other: threading.Thread | Executor) -> None:
         """Have a thread belong to this sandbox, or what is submitted to an executor from now on until it ends.
 
+        The thread does so for good: what it does when the sandbox is over is refused, until another one allows it.
+
         Raises:
-            ConfigError: It is neither, or an executor of processes: those are in no sandbox.
+            ConfigError: It is neither, or an executor of processes: those are in no sandbox. Or an executor that
+                another sandbox has allowed.
         """
         self.check_usable()
         if isinstance(other, threading.Thread):
-            self.threads.add(other)
+            self._sandboxes.join(other, self)
         elif isinstance(other, Executor) and not isinstance(other, ProcessPoolExecutor):
             self._allow_executor(other)
         else:
@@ -196,18 +233,22 @@ class Sandbox:
 
     def _allow_executor(self, executor: Executor) -> None:
         submit = executor.submit
-
-        def submit_joined(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-            return submit(self._joined, function, *args, **kwargs)
-
-        executor.submit = submit_joined  # type: ignore[method-assign]  # whatever submits to it, asyncio too
+        if isinstance(submit, _Submit):
+            if submit.sandbox is not self:
+                raise ConfigError(f"{executor!r} is allowed in another sandbox: use one executor for each")
+            return
+        executor.submit = _Submit(self, submit)  # type: ignore[method-assign]  # whatever submits to it, asyncio too
         self._allowed.callback(vars(executor).pop, "submit")
 
-    def _joined(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Call *function* as what belongs to this sandbox."""
-        variable = self._sandboxes.context.sandbox
+    def member(self) -> Member:
+        """What the caller has of it: what is left alone where he is stays so in what he submits."""
+        return self._joined or Member(self)
+
+    def run_as(self, member: Member, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call *function* as what *member* is."""
+        variable = self._sandboxes.context.membership
         before = variable.get()
-        variable.set(self)
+        variable.set(member)
         try:
             return function(*args, **kwargs)
         finally:
@@ -229,20 +270,25 @@ class Sandbox:
         chosen = choose(choice, options) if choice is not None or options else context.choice
         database = self._resolve(chosen)
         homes = {database.home, database.neighbour(self._maintenance_database).home}
-        before = self._unboxed.get()
+        before = context.membership.get()
         with context.detached(), context.using(chosen):
-            self._unboxed.set(before | homes)
+            context.membership.set(Member(self, self.member().unboxed | homes))
             try:
                 yield
             finally:
-                self._unboxed.set(before)
+                context.membership.set(before)
 
     # What follows is for the library.
 
     @property
+    def _joined(self) -> Member | None:
+        member: Member | None = self._sandboxes.context.membership.get()
+        return member if member is not None and member.sandbox is self else None
+
+    @property
     def is_left(self) -> bool:
         """Whether the caller is in an `unboxed` block."""
-        return bool(self._unboxed.get())
+        return bool(self.member().unboxed)
 
     def check_usable(self) -> None:
         """Raise unless it is open, in this process."""
@@ -259,18 +305,28 @@ class Sandbox:
     def lend(self, pool: LedgerPool) -> CachedConnection | None:
         """A connection of the box that *pool* leads to."""
         database = pool.database
-        if database.home in self._unboxed.get():
+        if self._leaves(database):
             return None
-        if pool.kind is Kind.TRANSIENT:
+        if pool.kind is not Kind.TRANSIENT:
+            self.admit(database)
+        elif database.name == self._maintenance_database and database.home not in self._boxes:
             # A question to a server, as of a directory. What would change anything there is refused before.
-            if database.name == self._maintenance_database and database.home not in self._boxes:
-                return None
-        elif self._homes is not None and database.home not in self._homes:
+            return None
+        return self._box(database.home).lend(pool)
+
+    def admit(self, database: Database) -> None:
+        """Have *database* be one of its, unless it is left alone here; `SandboxError` if it is over others."""
+        if self._leaves(database):
+            return
+        if self._homes is not None and database.home not in self._homes:
             raise SandboxError(
                 f"{database.home} is none of the databases of this sandbox, {', '.join(sorted(self._homes))}: name it "
                 "among them, or choose another one"
             )
-        return self._box(database.home).lend(pool)
+        self._box(database.home)
+
+    def _leaves(self, database: Database) -> bool:
+        return database.home in self.member().unboxed
 
     def _box(self, home: str) -> Box:
         from .boxed import Box  # here, so that `import shardrepo` loads no driver
@@ -288,6 +344,17 @@ class Sandbox:
             return [problem for box in boxes for problem in box.end()]
         with ThreadPoolExecutor(min(_ENDING_AT_ONCE, len(boxes)), "shardrepo-sandbox") as executor:
             return [problem for problems in executor.map(_ended, boxes) for problem in problems]
+
+
+class _Submit:
+    """An executor's ``submit``, of what belongs to a sandbox."""
+
+    def __init__(self, sandbox: Sandbox, submit: Callable[..., Any]) -> None:
+        self.sandbox = sandbox
+        self._submit = submit
+
+    def __call__(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return self._submit(self.sandbox.run_as, self.sandbox.member(), function, *args, **kwargs)
 
 
 def _ended(box: Box) -> list[str]:

@@ -221,7 +221,9 @@ def resume(
         ConfigError: There is no such run, it was another repo's or of another kind, it is still under way, or the
             scripts have another head than they had.
         FleetError: As `Operation.run`.
+        SandboxError: As `Operation.run`.
     """
+    repo._router.databases.check_undoable(f"fleet.{work}")
     if how.journal is None:
         raise ConfigError("a run is taken up from its journal: say in which folder that is")
     with Journal.go_on(how.journal, run) as journal:

@@ -18,6 +18,7 @@ from shardrepo import (
     RepoDisposedError,
     SandboxError,
     TransactionDoomedError,
+    fleet,
 )
 from shardrepo.testing.servers import Server, Servers
 
@@ -483,6 +484,15 @@ def test_databases_are_made_and_dropped_outside(repo: type[Repo], server: Server
     assert "unboxed_made" not in server.databases()
 
 
+def test_a_fleet_is_migrated_outside(repo: type[Repo], tmp_path: Path) -> None:
+    """Its workers are processes, of which no sandbox knows: they are not started, for a run that is taken up neither."""
+    with repo.sandbox():
+        with pytest.raises(SandboxError, match=r"fleet.upgrade.*unboxed"):
+            fleet.upgrade(repo)
+        with pytest.raises(SandboxError, match=r"fleet.upgrade.*unboxed"):
+            fleet.resume(repo, "upgrade", "last", fleet.Rollout(journal=tmp_path))
+
+
 # Which database
 
 
@@ -540,7 +550,22 @@ def test_only_the_databases_that_are_named(repo: type[Repo], names: tuple[str, s
         attempts = repo.stats().attempts
         with repo.using(names[1]), pytest.raises(SandboxError, match=f"{names[1]} is none of the databases"):
             repo.count(Tag)
+        with pytest.raises(ExceptionGroup) as visited:
+            repo.across([names[1]]).count(Tag).collect()
+        assert f"{names[1]} is none of the databases" in str(visited.value.exceptions[0])
         assert repo.stats().attempts == attempts
+
+
+def test_the_maintenance_database_too(make_repo: Make, names: tuple[str, str], server: Server) -> None:
+    """What is written there is undone, by whatever way; questions to it, as whether a database exists, take none."""
+    repo = make_repo(names[0], maintenance_database=names[1])
+    with repo.sandbox() as sandbox:
+        assert repo.database_exists(names[0])
+        assert sandbox.databases == []
+        repo.across([names[1]]).execute("INSERT INTO tags (label) VALUES ('undone')").collect()
+        assert repo.across([names[1]]).count(Tag).collect() == {names[1]: 1}
+        assert contents(server, names[1]) == []
+    assert contents(server, names[1]) == []
 
 
 def test_more_databases_than_there_may_be_connections(make_repo: Make, twenty: list[str]) -> None:

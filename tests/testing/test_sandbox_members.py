@@ -11,7 +11,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from shardrepo import CheckoutTimeoutError, ConfigError, Repo, SandboxError
 from shardrepo.testing.servers import Server
@@ -121,6 +121,43 @@ def test_an_executor_that_is_allowed(repo: type[Repo]) -> None:
             executor.submit(count, repo).result()
 
 
+def test_an_executor_that_is_allowed_twice(repo: type[Repo]) -> None:
+    """By one sandbox is as once; by two it is refused: what is submitted could not belong to both."""
+    with ThreadPoolExecutor(1) as executor, repo.sandbox() as sandbox:
+        sandbox.allow(executor)
+        sandbox.allow(executor)
+        repo.insert(Tag(label="seen"))
+        assert executor.submit(count, repo).result() == 1
+
+        def allow_in_another() -> None:
+            with repo.sandbox() as other:
+                other.allow(executor)
+
+        with pytest.raises(ConfigError, match="allowed in another sandbox"):
+            in_thread(allow_in_another)
+    assert count(repo) == 0
+
+
+@pytest.mark.parametrize("way", ["carry", "allow", "to_thread"])
+def test_what_is_left_alone_where_a_thread_is_started(repo: type[Repo], server: Server, way: str) -> None:
+    """In an unboxed block is so in the thread too, by whatever way that belongs to the sandbox."""
+
+    def insert() -> None:
+        repo.insert(Tag(label="stays"))
+
+    with ThreadPoolExecutor(1) as executor, repo.sandbox() as sandbox:
+        sandbox.allow(executor)
+        with sandbox.unboxed():
+            if way == "to_thread":
+                asyncio.run(asyncio.to_thread(insert))
+            else:
+                executor.submit(repo.carry(insert) if way == "carry" else insert).result()
+            assert repo.delete_all(Tag).count == 1
+        executor.submit(insert).result()
+        assert count(repo) == 1
+    assert count(repo) == 0
+
+
 def test_everybody_belongs_to_a_shared_one(repo: type[Repo]) -> None:
     """Any thread; so there can be no other sandbox beside it."""
     with repo.sandbox(shared=True):
@@ -212,6 +249,34 @@ def test_a_thread_that_outlives_it(repo: type[Repo]) -> None:
             turn.wait()
         turn.wait()
         assert len(late.result()) == 2
+    assert count(repo) == 0
+
+
+def test_a_thread_that_was_allowed_and_outlives_it(repo: type[Repo]) -> None:
+    """It is refused as well, until another sandbox allows it."""
+    turn = threading.Barrier(2)
+    said: list[str] = []
+
+    def work() -> None:
+        turn.wait()
+        with pytest.raises(SandboxError, match="in a sandbox that is over"):
+            repo.insert(Tag(label="late"))
+        turn.wait()
+        turn.wait()
+        repo.insert(Tag(label="allowed again"))
+        said.extend(repo.all(select(Tag.label)))
+
+    thread = threading.Thread(target=work)
+    with repo.sandbox() as sandbox:
+        sandbox.allow(thread)
+        thread.start()
+    turn.wait()
+    turn.wait()
+    with repo.sandbox() as sandbox:
+        sandbox.allow(thread)
+        turn.wait()
+        thread.join()
+    assert said == ["allowed again"]
     assert count(repo) == 0
 
 
