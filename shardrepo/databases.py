@@ -88,7 +88,7 @@ class Databases:
     def sandboxes(self) -> Sandboxes:
         with self._lock:
             made: Sandboxes | None = self.__dict__.get("sandboxes")
-            return made or Sandboxes(self.context, self.cache.lending)
+            return made or Sandboxes(self.context, self.cache.lending, self.cache.ledger, self._forget_all)
 
     def sandbox(self, databases: Iterable[Chosen] | None, *, shared: bool, check_deferred: bool) -> Sandbox:
         """A sandbox, which begins when it is entered; over *databases*, if they are given."""
@@ -228,6 +228,11 @@ class Databases:
         """Ask the directory anew about *name*: it has been made or dropped."""
         if self.whereabouts is not None:
             self.whereabouts.forget(name)
+
+    def _forget_all(self) -> None:
+        """Ask the directory anew about everything: it may have read what is gone since."""
+        if self.whereabouts is not None:
+            self.whereabouts.forget_all()
 
     def tended(self, location: Location) -> Database:
         """The database at *location* for those who look after it: no state keeps them out, or from writing."""

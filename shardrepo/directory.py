@@ -328,6 +328,11 @@ class Whereabouts:
         with self._lock:
             self._known.pop(name, None)
 
+    def forget_all(self) -> None:
+        """Believe nothing any longer that was said."""
+        with self._lock:
+            self._known.clear()
+
     def list_databases(self) -> list[Location]:
         """All databases, by name, as the directory has them now; where each of them is needs no question then.
 

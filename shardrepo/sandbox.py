@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import weakref
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from .context import Context
 from .database import Choice, Chosen, Database, Options, choose
-from .entries import Kind
+from .entries import Entry, Kind
 from .errors import ConfigError, SandboxError
-from .pool import CachedConnection, LedgerPool, Lending
+from .pool import Books, CachedConnection, LedgerPool, Lending, holder, perform
 
 if TYPE_CHECKING:
     from .boxed import Box
@@ -36,11 +37,15 @@ class Sandboxes:
     Args:
         context: Where it stands which one the running thread or task belongs to.
         lending: What asks for a connection in place of the cache's books, from the first sandbox on.
+        ledger: The cache's books.
+        forget: Called when one is over, in which a directory may have read what is gone then.
     """
 
-    def __init__(self, context: Context, lending: Lending) -> None:
+    def __init__(self, context: Context, lending: Lending, ledger: Books, forget: Callable[[], object]) -> None:
         self.context = context
         self._lending = lending
+        self._ledger = ledger
+        self._forget = forget
         self._open: tuple[Sandbox, ...] = ()
         # Those that have entered one, or were allowed in it, which they are for good: what they do later is refused.
         self._threads: weakref.WeakKeyDictionary[threading.Thread, Sandbox] = weakref.WeakKeyDictionary()
@@ -57,6 +62,26 @@ class Sandboxes:
         with self._lock:
             if self._threads.get(thread) is sandbox:
                 del self._threads[thread]
+
+    def check_apart(self, sandbox: Sandbox) -> None:
+        """Raise `ConfigError` if who would belong to *sandbox* has a connection already: it leads to the database."""
+        if self._outside(sandbox):
+            gc.collect()
+        if held := self._outside(sandbox):
+            homes = {entry.connection.pool.database.home for entry in held if entry.connection is not None}
+            raise ConfigError(
+                f"a sandbox cannot begin while {holder(held[0])} has a connection to {', '.join(sorted(homes))}: what "
+                "is written on it would stay. Leave its block, or close its session, first"
+            )
+
+    def _outside(self, sandbox: Sandbox) -> list[Entry[object, CachedConnection]]:
+        perform(self._ledger, self._ledger.sweep())
+        thread = threading.current_thread()
+        return [
+            entry
+            for entry, _ in self._ledger.loans()
+            if entry.kind is not Kind.PINNED and (sandbox.shared or entry.borrower is thread)
+        ]
 
     def add(self, sandbox: Sandbox) -> None:
         """Have those who belong to *sandbox* use it."""
@@ -77,6 +102,7 @@ class Sandboxes:
         """Have nobody use *sandbox* any more."""
         with self._lock:
             self._open = tuple(other for other in self._open if other is not sandbox)
+        self._forget()
 
     def current(self) -> Sandbox | None:
         """The one that the caller belongs to; None where there is none at all.
@@ -178,6 +204,7 @@ class Sandbox:
         around: Member | None = context.membership.get()
         if around is not None and not around.sandbox.is_over:
             raise ConfigError("this thread or task is in a sandbox already: use that one")
+        self._sandboxes.check_apart(self)
         self._sandboxes.add(self)
         self._entered_by = threading.current_thread()
         self._sandboxes.join(self._entered_by, self)

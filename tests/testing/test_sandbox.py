@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -485,7 +486,7 @@ def test_databases_are_made_and_dropped_outside(repo: type[Repo], server: Server
 
 
 def test_a_fleet_is_migrated_outside(repo: type[Repo], tmp_path: Path) -> None:
-    """Its workers are processes, of which no sandbox knows: they are not started, for a run that is taken up neither."""
+    """Its workers are processes, of which no sandbox knows: they are not started, nor for a run that is taken up."""
     with repo.sandbox():
         with pytest.raises(SandboxError, match=r"fleet.upgrade.*unboxed"):
             fleet.upgrade(repo)
@@ -603,6 +604,16 @@ def test_a_disposed_repo(repo: type[Repo], server: Server) -> None:
     await_connections(server, name_of(repo), [])
 
 
+def test_what_a_directory_has_read_in_it(make_repo: Make, names: tuple[str, str]) -> None:
+    """Is as gone as the rows that it has read: the next test's names lead where its own rows say."""
+    repo = make_repo(names[0], directory=lambda _: {"database": repo.all(select(Tag.label))[0]})
+    for name in names:
+        with repo.sandbox():
+            repo.insert(Tag(label=name))
+            with repo.using("tenant"):
+                assert repo.get_database().name == name
+
+
 # How it begins and ends
 
 
@@ -626,6 +637,30 @@ def test_it_does_not_nest(repo: type[Repo]) -> None:
         repo.insert(Tag(label="still in it"))
     with repo.transaction(), pytest.raises(ConfigError, match="transaction"), repo.sandbox():
         raise AssertionError
+    with repo.sandbox():
+        assert repo.count(Tag) == 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_connection_that_is_open_already(repo: type[Repo], shared: bool) -> None:
+    """It leads to the database itself: no sandbox begins where somebody who would belong to it has one."""
+    with repo.session() as session, ThreadPoolExecutor(1) as executor:
+        if shared:
+            executor.submit(session.execute, text("SELECT 1")).result()
+        else:
+            session.execute(text("SELECT 1"))
+        with pytest.raises(ConfigError, match=r"cannot begin while .* has a connection to .*close its session"):
+            repo.sandbox(shared=shared).__enter__()
+    with repo.sandbox(shared=shared):
+        assert repo.count(Tag) == 0
+
+
+def test_a_session_that_was_forgotten_is_no_hindrance(repo: type[Repo]) -> None:
+    """Nobody can write on it any more."""
+    session = repo.session()
+    session.execute(text("SELECT 1"))
+    session.info["itself"] = session
+    del session
     with repo.sandbox():
         assert repo.count(Tag) == 0
 
