@@ -80,7 +80,8 @@ class Sandboxes:
         return [
             entry
             for entry, _ in self._ledger.loans()
-            if entry.kind is not Kind.PINNED and (sandbox.shared or entry.borrower is thread)
+            # The books know who has it only where there are bounds; if not, it may be anybody.
+            if entry.kind is not Kind.PINNED and (sandbox.shared or entry.borrower in (None, thread))
         ]
 
     def add(self, sandbox: Sandbox) -> None:
