@@ -1,8 +1,8 @@
-"""One database in a sandbox: its only connection, in a transaction that is never committed, and whose turn it is.
+"""The driver's side of a sandbox: a transaction that is never committed, and connections whose own ones lie in it.
 
-Whoever takes a connection there gets a `BoxedConnection`, which sends what it is told on that one: what would begin a
-transaction begins a savepoint, and so does each statement that would be committed by itself, so that one that fails
-spoils nothing. One thread at a time has it, from its first checkout to its last return.
+Whoever takes a connection in a sandbox gets a `BoxedConnection`, which sends what it is told on the sandbox's only one
+of that database: what would begin a transaction begins a savepoint, and so does each statement that would be committed
+by itself, so that one that fails spoils nothing. `box` sees to it that one thread at a time does so.
 
 Leans on what psycopg does not document, beside what `connection` does, tested in ``tests/test_private_api.py``: a
 connection begins its transactions in ``_start_query``, keeps how many of its own blocks are open in
@@ -12,10 +12,6 @@ connection begins its transactions in ``_start_query``, keeps how many of its ow
 from __future__ import annotations
 
 import re
-import sys
-import threading
-import traceback
-from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic
@@ -25,19 +21,12 @@ import psycopg
 from psycopg import generators, pq
 from psycopg.errors import error_from_result
 
-from .calls import deadline
 from .callsite import CallSite
 from .connection import RESET, DriverConnection, NoAnswer, until
 from .database import Database
-from .entries import Kind
-from .errors import CheckoutTimeoutError, RepoDisposedError, SandboxError
 from .levels import Level, Levels
-from .pool import CachedConnection, LedgerPool, on_behalf_of
 
 _STATUS: Final = pq.TransactionStatus
-
-# Seconds between two looks for a connection whose holder is gone, which nobody tells of.
-_LOOK: Final = 0.05
 
 # Seconds in which a statement has to end once the server was asked to stop it.
 _ENDING: Final = 5.0
@@ -57,98 +46,60 @@ _DOES: Final[tuple[tuple[Doing, re.Pattern[str]], ...]] = (
 )
 
 
-class Box:
-    """The connection of one database in a sandbox. Opened when it is first wanted.
+class Outer:
+    """The transaction of a sandbox in one database, on its real connection. All others lie in it.
+
+    Whoever's turn it is calls these.
 
     Args:
-        borrower: Whose it is, in the books of the cache.
+        real: The connection, in no transaction.
         check_deferred: Whether deferred constraints are checked where a transaction would be committed.
 
     Attributes:
-        database: Where it leads, once it was opened; None before.
-        levels: The transactions that are open in it. Its holder's to change.
+        levels: The transactions that are open in it.
+        ended_by_hand: Where somebody has ended it, which is not for anybody to do.
     """
 
-    def __init__(self, borrower: object, check_deferred: bool) -> None:
-        self.database: Database | None = None
+    def __init__(self, real: DriverConnection, *, check_deferred: bool) -> None:
+        self.real = real
         self.levels = Levels()
+        self.ended_by_hand: list[str] = []
         self._check_deferred = check_deferred
-        self._borrower = borrower
-        self._record: CachedConnection | None = None
-        self._handlers: tuple[Any, Any] = None, None
-        # Keys of the cache whose users and passwords the server has accepted.
-        self._accepted: set[object] = set()
-        # Guards what follows: no I/O happens under it.
-        self._changed = threading.Condition()
-        self._holder: threading.Thread | None = None
-        self._held = 0
-        self._lent: set[Lent] = set()
-        # Those whose holders were collected; finalisers append, and take no lock.
-        self._lost: deque[Lent] = deque()
-        self._is_untidy = False
         # What is to be sent before anything else, with which it goes in one message.
-        self._due = ""
-        self._ended_by_hand: list[str] = []
+        self._due = _BEGIN
+        # Those of the real one, which the connections on it put theirs in the place of.
+        self._handlers = real.pgconn.notice_handler, real.pgconn.notify_handler
 
-    def lend(self, pool: LedgerPool) -> Lent:
-        """A connection for the caller, once it is this thread's turn.
+    @property
+    def is_begun(self) -> bool:
+        """Whether it was begun; the first to send something does that."""
+        return self._due != _BEGIN
 
-        Raises:
-            CheckoutTimeoutError: Another thread has it, and did not return it in time; or a bound left no room for it.
-            SandboxError: It was lost, and with it what the sandbox had written.
-        """
-        site = CallSite()
-        self._take_turn(pool, site)
-        try:
-            lent = Lent(pool, self, self._opened(pool), site)
-        except BaseException:
-            self._end_turn()
-            raise
-        self._lent.add(lent)
-        return lent
+    @property
+    def is_lost(self) -> bool:
+        """Whether the connection is closed, and it is gone with that."""
+        return self.real.closed
 
-    def take_back(self, lent: Lent) -> None:
-        """Roll back what its borrower left open, and undo what SQL has set; then it is the next one's turn."""
-        if lent not in self._lent:
-            return
-        try:
-            self._leave(lent)
-            if self._is_untidy and len(self._lent) == 1 and not self._is_gone:
-                self.send(RESET)
-                self._is_untidy = False
-        finally:
-            # Who has it still, detached or the driver's own, would be on a connection that is somebody else's by then.
-            lent.boxed.abandon()
-            self._lent.discard(lent)
-            self._end_turn()
-
-    def reclaimed(self, lent: Lent) -> None:
-        """Its borrower is gone. Takes no lock: finalisers call this."""
-        self._lost.append(lent)
+    @property
+    def _has_failed(self) -> bool:
+        return self.real.pgconn.transaction_status == _STATUS.INERROR
 
     def send(self, sql: str = "") -> None:
-        """Send what was put off, and *sql*, on the connection, whatever time its borrower has left."""
-        connection = self._connection
+        """Send what was put off, and *sql*, whatever time its borrower has left."""
         if sql := self.with_due(sql):
-            connection.wait(exchange(connection.pgconn, sql))
+            self.real.wait(_exchange(self.real.pgconn, sql))
 
     def with_due(self, sql: str) -> str:
         """*sql*, after what was put off, which the caller sends with it."""
         due, self._due = self._due, ""
         return f"{due}; {sql}" if due and sql else due or sql
 
-    @property
-    def is_begun(self) -> bool:
-        """Whether its transaction was begun."""
-        return self._due != _BEGIN
-
-    def end_level(self, level: Level, *, keep: bool) -> None:
+    def end(self, level: Level, *, keep: bool) -> None:
         """Commit a transaction in it, or roll it back; one that has failed is rolled back."""
         failed = self._has_failed
-        sql = self.levels.keep(level) if keep and not failed else self.levels.undo(level, failed=failed)
         if keep and not failed:
-            self._due = self.with_due(sql)
-        elif sql:
+            self._due = self.with_due(self.levels.keep(level))
+        elif sql := self.levels.undo(level, failed=failed):
             self.send(sql)
 
     def check(self) -> None:
@@ -156,199 +107,48 @@ class Box:
         if self._check_deferred and len(self.levels) == 1 and not self._has_failed:
             self.send(_CHECK)
 
+    def tidy(self) -> None:
+        """Undo what SQL may have set in the session, as nobody has it."""
+        self.send(RESET)
+
     def was_ended(self) -> None:
-        """Begin again: somebody has ended the transaction by hand."""
-        self._ended_by_hand.append(CallSite().line)
+        """Begin again: somebody has ended it by hand."""
+        self.ended_by_hand.append(CallSite().line)
         self.levels.forget()
         self._due = _BEGIN
 
-    def end(self) -> list[str]:
-        """Roll back, and return the connection to the cache; what was not as it should be."""
-        while self._lost:
-            self._leave(self._lost[0])
-            self._lent.discard(self._lost.popleft())
-        record, where = self._record, self.database
-        if record is None or where is None:
-            return []
-        problems = [f"{where.home}: {problem}" for problem in self._problems()]
-        connection = record.dbapi_connection
-        for lent in self._lent:
-            lent.boxed.abandon()
-        if connection is not None and not self._lent:
-            if self.is_begun:
-                self._due = ""
-                with suppress(psycopg.Error):  # a server that is gone has rolled back
-                    self.send("ROLLBACK")
-            connection.pgconn.notice_handler, connection.pgconn.notify_handler = self._handlers
-            # All that was set in it was set in the transaction, or reset when it was returned.
-            record.vouched = True
-        else:
-            # Whoever has it may be using it at this moment: nobody else may get it.
-            record.invalidate()
-        record.give_back()
-        return problems
+    def start_rollback(self) -> None:
+        """Send what undoes all of it. Others may be sent theirs before the answer is waited for."""
+        if self.is_begun:
+            self._due = ""
+            with suppress(psycopg.Error):  # a server that is gone has rolled back
+                self.real.pgconn.send_query(b"ROLLBACK")
 
-    def _problems(self) -> list[str]:
-        problems = [
-            f"a connection is still in use; {lent.taken.thread} took it at {lent.taken.line}: leave its block, or "
-            "close its session, before the sandbox ends"
-            for lent in self._lent
-            if lent.taken is not None
-        ]
-        if self._is_gone:
-            problems.append(f"its connection was lost: {_LOST}")
-        problems += [
-            f"the transaction was ended by hand at {line}: what had been written until then may be there for good; let "
-            "`with repo.transaction():` do it, or use sandbox.unboxed(...)"
-            for line in self._ended_by_hand
-        ]
-        if self.levels.has_undone:
-            problems.append(
-                "what one unit of work had committed was undone when another one, begun before it, was rolled back: "
-                "they share one connection here. Let them end in the order of a stack, or use sandbox.unboxed(...)"
-            )
-        return problems
-
-    # Whose turn it is
-
-    def _take_turn(self, pool: LedgerPool, site: CallSite) -> None:
-        caller, begun = threading.current_thread(), monotonic()
-        latest = begun + pool.settings.checkout_timeout
-        latest = min(latest, deadline.get() or latest)
-        with self._changed:
-            while not self._is_free_for(caller):
-                left = latest - monotonic()
-                if left <= 0:
-                    raise self._timed_out(pool, site, monotonic() - begun)
-                self._changed.wait(min(left, _LOOK))
-            self._holder = caller
-            self._held += 1
-
-    def _is_free_for(self, caller: threading.Thread) -> bool:
-        active = self._held - len(self._lost)
-        return active == 0 or self._holder is caller or self._holder is None or not self._holder.is_alive()
-
-    def _end_turn(self) -> None:
-        with self._changed:
-            self._held -= 1
-            if self._held == 0:
-                self._holder = None
-            self._changed.notify_all()
-
-    def _timed_out(self, pool: LedgerPool, site: CallSite, seconds: float) -> CheckoutTimeoutError:
-        holder = self._holder
-        taken = next((str(lent.taken) for lent in list(self._lent)), "nobody knows where")
-        frame = None if holder is None else sys._current_frames().get(holder.ident or 0)
-        now = "".join(traceback.format_stack(frame)) if frame is not None else "nobody knows where\n"
-        return CheckoutTimeoutError(
-            f"no connection to {pool.database.home} within {seconds:.1f} s: a sandbox has one of each database, and "
-            f"{holder.name if holder is not None else 'a thread'} has this one. Return it there first, by leaving the "
-            f"block or closing the session that has it.\n\nTaken at:\n{taken}\n\nIts thread is at:\n{now}\n"
-            f"Wanted at:\n{site}",
-            database=pool.database,
-            bounds={},
-        )
-
-    # The connection; whoever has the turn calls these
-
-    @property
-    def _connection(self) -> DriverConnection:
-        connection = None if self._record is None else self._record.dbapi_connection
-        assert connection is not None
-        return connection
-
-    @property
-    def _has_failed(self) -> bool:
-        return self._connection.pgconn.transaction_status == _STATUS.INERROR
-
-    @property
-    def _is_gone(self) -> bool:
-        connection = None if self._record is None else self._record.dbapi_connection
-        return self._record is not None and (connection is None or connection.closed)
-
-    def _opened(self, pool: LedgerPool) -> DriverConnection:
-        if pool.ledger.disposed:
-            raise RepoDisposedError(f"{pool.database.home} is a disposed repo's: define a new one")
-        if self._record is None:
-            self._open(pool)
-        elif self._is_gone:
-            raise SandboxError(f"the sandbox's connection to {pool.database.home} was lost: {_LOST}")
-        elif pool.database.key not in self._accepted:
-            # Another user, password or option. It gets this connection only if the server would have it.
-            pool.take_aside(Kind.TRANSIENT).give_back()
-        self._accepted.add(pool.database.key)
-        while self._lost:
-            self.take_back(self._lost.popleft())
-        return self._connection
-
-    def _open(self, pool: LedgerPool) -> None:
-        token = on_behalf_of.set(self._borrower)
-        try:
-            record = pool.take_aside(Kind.PINNED)
-        except CheckoutTimeoutError as error:
-            if not error.held:
-                raise
-            raise SandboxError(
-                f"the sandbox has a connection to each of {', '.join(error.held)}, and there may be no other one, to "
-                f"{pool.database.home}: raise {' or '.join(error.bounds)} for tests, or use fewer databases in this one"
-            ) from error
-        finally:
-            on_behalf_of.reset(token)
-        record.taken = None  # held for long by design, which is no leak
-        self._record, self.database = record, pool.database
-        pgconn = self._connection.pgconn
-        self._handlers = pgconn.notice_handler, pgconn.notify_handler
-        self._due = _BEGIN
-
-    def _leave(self, lent: Lent) -> None:
-        """End the transaction of one who returns it, or is gone."""
-        connection = lent.boxed
-        self._is_untidy |= (connection.used and not lent.vouched) or connection.leaves_traces
-        if not self._is_gone:
-            connection.leave()
-
-
-class Lent(CachedConnection):
-    """A connection that a box has lent, as SQLAlchemy's pools see it."""
-
-    __slots__ = ("box", "boxed")
-
-    def __init__(self, pool: LedgerPool, box: Box, real: DriverConnection, site: CallSite) -> None:
-        record = box._record
-        assert record is not None
-        super().__init__(pool, record.entry, connect=False)
-        self.box = box
-        self.taken = site
-        self.dbapi_connection = self.boxed = BoxedConnection.of(real, box, pool.database)
-
-    def get_connection(self) -> Any:
-        # Never connects anew: that would lead out of the box.
-        return self.boxed
-
-    def give_back(self) -> None:
-        self.box.take_back(self)
-        self.pool.listeners.tell("checkin", self.pool.database, monotonic() - self.opened_at)
-
-    def reclaimed(self) -> None:
-        self.box.reclaimed(self)
+    def finish_rollback(self) -> None:
+        """Wait until all of it is undone, and let go of the connection."""
+        with suppress(psycopg.Error):
+            self.real.wait(_answer(self.real.pgconn))
+        self.real.pgconn.notice_handler, self.real.pgconn.notify_handler = self._handlers
 
 
 class BoxedConnection(DriverConnection):
     """A connection whose transactions are savepoints, on a connection that is others' too.
 
     Attributes:
-        level: Its transaction, if one is open.
+        outer: What its own transactions lie in.
+        level: The one that is open, if one is.
         does: What is being executed.
     """
 
     level: Level | None
     does: Doing
-    _box: Box
+    outer: Outer
     _is_closed: bool
 
     @classmethod
-    def of(cls, real: DriverConnection, box: Box, database: Database) -> BoxedConnection:
-        """A connection on *real*, the one of *box*."""
+    def of(cls, outer: Outer, database: Database) -> BoxedConnection:
+        """A connection on *outer*'s real one, for who has chosen *database*, which that leads to."""
+        real = outer.real
         connection = cls(real.pgconn)
         connection.adapt_as(real)
         connection.row_factory = real.row_factory
@@ -359,7 +159,7 @@ class BoxedConnection(DriverConnection):
         connection.database = database
         connection.pooled, connection.reads_only = real.pooled, real.reads_only
         connection.level, connection.does = None, "reading"
-        connection._box, connection._is_closed = box, False
+        connection.outer, connection._is_closed = outer, False
         connection.rest()
         return connection
 
@@ -373,7 +173,7 @@ class BoxedConnection(DriverConnection):
             if self._stands_by_itself and self.level is None and self.does != "marking":
                 self._begin()
             elif self._stands_by_itself or self.level is not None:
-                self._box.send()
+                self.outer.send()
         try:
             return super().wait(gen, *args, **kwargs)
         except psycopg.errors.ActiveSqlTransaction as error:
@@ -396,8 +196,8 @@ class BoxedConnection(DriverConnection):
                 self._end(keep=True)
 
     def _begin(self) -> None:
-        self.level, sql = self._box.levels.begin()
-        self._box.send(f"{sql}; SET TRANSACTION READ ONLY" if self._read_only else sql)
+        self.level, sql = self.outer.levels.begin()
+        self.outer.send(f"{sql}; SET TRANSACTION READ ONLY" if self._read_only else sql)
 
     @property
     def _stands_by_itself(self) -> bool:
@@ -413,19 +213,19 @@ class BoxedConnection(DriverConnection):
             self.level.wrote |= self.does == "writing"
         if self.closed or self.pgconn.pipeline_status or status == _STATUS.ACTIVE:
             return
-        if status == _STATUS.IDLE and self._box.is_begun:
+        if status == _STATUS.IDLE and self.outer.is_begun:
             self.level = None
-            self._box.was_ended()
+            self.outer.was_ended()
         elif self._stands_by_itself and not self._num_transactions:
             self._end(keep=True)
 
     def _start_query(self) -> Generator[Any, Any, None]:
         if self._stands_by_itself or self.level is not None:
             return
-        self.level, sql = self._box.levels.begin()
-        sql = self._box.with_due(sql)
+        self.level, sql = self.outer.levels.begin()
+        sql = self.outer.with_due(sql)
         if self._pipeline is None:
-            yield from exchange(self.pgconn, sql)
+            yield from _exchange(self.pgconn, sql)
         else:
             for statement in sql.split("; "):
                 yield from self._exec_command(statement.encode())
@@ -459,11 +259,11 @@ class BoxedConnection(DriverConnection):
             return
         try:
             if keep and level.wrote:
-                self._box.check()
+                self.outer.check()
         except psycopg.Error:
-            self._box.end_level(level, keep=False)
+            self.outer.end(level, keep=False)
             raise
-        self._box.end_level(level, keep=keep)
+        self.outer.end(level, keep=keep)
 
     @property
     def is_at_rest(self) -> bool:
@@ -552,12 +352,13 @@ def _doing(cursor: psycopg.Cursor[Any], does: Doing) -> Iterator[None]:
         connection.does = "reading"
 
 
-_LOST: Final = "what this test had written there is gone. Do what ends connections in sandbox.unboxed(...)"
-
-
-def exchange(pgconn: Any, sql: str) -> Generator[Any, Any, None]:
+def _exchange(pgconn: Any, sql: str) -> Generator[Any, Any, None]:
     """Send several statements as one message, and hear what became of them."""
     pgconn.send_query(sql.encode())
+    yield from _answer(pgconn)
+
+
+def _answer(pgconn: Any) -> Generator[Any, Any, None]:
     for result in (yield from generators.execute(pgconn)):
         if result.status == pq.ExecStatus.FATAL_ERROR:
             raise error_from_result(result)

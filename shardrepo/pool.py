@@ -517,9 +517,13 @@ def set_autocommit(connection: Connection, mode: bool) -> None:
 
 def driver_of(connection: Connection) -> DriverConnection:
     """The driver's own connection behind *connection*, which was not lost."""
-    dbapi_connection = record_of(connection).dbapi_connection
-    assert dbapi_connection is not None
-    return dbapi_connection
+    return connection_of(record_of(connection))
+
+
+def connection_of(record: CachedConnection) -> DriverConnection:
+    """The driver's own connection of *record*, which was not lost."""
+    assert record.dbapi_connection is not None
+    return record.dbapi_connection
 
 
 def begin_as(connection: Connection, mode: Mode) -> None:

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,10 +20,7 @@ from .errors import ConfigError, SandboxError
 from .pool import Books, CachedConnection, LedgerPool, Lending, holder, perform
 
 if TYPE_CHECKING:
-    from .boxed import Box
-
-# How many connections are rolled back at a time.
-_ENDING_AT_ONCE: Final = 32
+    from .box import Box
 
 _REMEDIES: Final = (
     "call sandbox.allow(thread or executor) before it begins, start it with `repo.carry(function)`, or open the "
@@ -357,7 +354,7 @@ class Sandbox:
         return database.home in self.member().unboxed
 
     def _box(self, home: str) -> Box:
-        from .boxed import Box  # here, so that `import shardrepo` loads no driver
+        from .box import Box  # here, so that `import shardrepo` loads no driver
 
         with self._lock:
             box = self._boxes.get(home)
@@ -368,10 +365,10 @@ class Sandbox:
     def _roll_back(self) -> list[str]:
         with self._lock:
             boxes = list(self._boxes.values())
-        if len(boxes) < 2:
-            return [problem for box in boxes for problem in box.end()]
-        with ThreadPoolExecutor(min(_ENDING_AT_ONCE, len(boxes)), "shardrepo-sandbox") as executor:
-            return [problem for problems in executor.map(_ended, boxes) for problem in problems]
+        # All are asked before the first is waited for, so that they take as long as the slowest of them.
+        for box in boxes:
+            box.start_ending()
+        return [problem for box in boxes for problem in box.end()]
 
 
 class _Submit:
@@ -383,7 +380,3 @@ class _Submit:
 
     def __call__(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         return self._submit(self.sandbox.run_as, self.sandbox.member(), function, *args, **kwargs)
-
-
-def _ended(box: Box) -> list[str]:
-    return box.end()
