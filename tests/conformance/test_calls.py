@@ -67,6 +67,16 @@ def using_it(repo: type[Repo]) -> Callable[[], object]:
     return get
 
 
+def streaming(repo: type[Repo]) -> Callable[[], object]:
+    repo.insert_all(Tag, [{"label": f"tag {number}"} for number in range(99)])
+
+    def stream() -> None:
+        with repo.stream(Tag, batch=50) as tags:
+            assert len(list(tags)) == 100
+
+    return stream
+
+
 # Functions of this library and of SQLAlchemy, and those in C that they call. Those that the driver and the standard
 # library call differ by version; these differ by 4 % between SQLAlchemy 2.1.7 on Python 3.11 and 2.1.9 on 3.13.
 CALLS: Final[dict[str, tuple[int, Case]]] = {
@@ -77,6 +87,7 @@ CALLS: Final[dict[str, tuple[int, Case]]] = {
     "get_by": (481, lambda repo: lambda: repo.get_by(Tag, id=1)),
     "one": (394, lambda repo: lambda: repo.one(ONE)),
     "all": (357, lambda repo: lambda: repo.all(ONE)),
+    "stream of 100 rows": (2317, streaming),
     "count": (400, lambda repo: lambda: repo.count(ONE)),
     "exists": (349, lambda repo: lambda: repo.exists(ONE)),
     "insert": (604, inserting),
