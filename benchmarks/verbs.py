@@ -186,7 +186,7 @@ def _queries(scene: _Scene) -> dict[str, Pair]:
 
 
 def _objects(scene: _Scene) -> dict[str, Pair]:
-    repo, written, age = scene.writer, scene.written, itertools.count().__next__
+    repo, written, age = scene.writer, scene.written, _ages()
     ours = repo.get_one(User, 1)
     theirs = scene.written(lambda session: session.get_one(User, 2))()
 
@@ -251,7 +251,7 @@ def _rows(scene: _Scene) -> dict[str, Pair]:
 
 
 def _blocks(scene: _Scene) -> dict[str, Pair]:
-    repo, written, key, age = scene.writer, scene.written, _keys(), itertools.count().__next__
+    repo, written, key, age = scene.writer, scene.written, _keys(), _ages()
 
     def grow() -> None:
         repo.update(repo.get_one(User, key()), age=age())
@@ -360,3 +360,8 @@ def _keys() -> Callable[[], int]:
 
 def _emails() -> Callable[[], str]:
     return itertools.cycle([f"{number}@example.com" for number in range(ROWS)]).__next__
+
+
+def _ages() -> Callable[[], int]:
+    """Ages that nobody has had: every update is one."""
+    return itertools.count(1_000).__next__
