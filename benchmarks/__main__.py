@@ -12,6 +12,7 @@ from . import (
     checkout,
     cold,
     fleet,
+    growth,
     load,
     memory,
     policy,
@@ -31,7 +32,23 @@ from .report import FIGURES, Results, Section, as_json, as_page, as_table, surro
 
 Benchmark: TypeAlias = Callable[[Ground], Iterator[Result]]
 
-_MODULES = (warm, verbs, checkout, cold, startup, preload, rows, memory, load, sweep, policy, fleet, threads, sandbox)
+_MODULES = (
+    warm,
+    verbs,
+    checkout,
+    cold,
+    startup,
+    preload,
+    rows,
+    growth,
+    memory,
+    load,
+    sweep,
+    policy,
+    fleet,
+    threads,
+    sandbox,
+)
 
 BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     module.__name__.rpartition(".")[2]: (module.__doc__ or "", module.run) for module in _MODULES
