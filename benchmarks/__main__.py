@@ -12,6 +12,7 @@ from . import (
     checkout,
     cold,
     fleet,
+    growth,
     load,
     memory,
     policy,
@@ -22,15 +23,32 @@ from . import (
     startup,
     sweep,
     threads,
+    verbs,
     warm,
 )
 from .ground import Ground, ground
-from .measure import Figure, MissingError, Skipped
+from .measure import MissingError, Result, Skipped
 from .report import FIGURES, Results, Section, as_json, as_page, as_table, surroundings
 
-Benchmark: TypeAlias = Callable[[Ground], Iterator[Figure | Skipped]]
+Benchmark: TypeAlias = Callable[[Ground], Iterator[Result]]
 
-_MODULES = (warm, checkout, cold, startup, preload, rows, memory, load, sweep, policy, fleet, threads, sandbox)
+_MODULES = (
+    warm,
+    verbs,
+    checkout,
+    cold,
+    startup,
+    preload,
+    rows,
+    growth,
+    memory,
+    load,
+    sweep,
+    policy,
+    fleet,
+    threads,
+    sandbox,
+)
 
 BENCHMARKS: dict[str, tuple[str, Benchmark]] = {
     module.__name__.rpartition(".")[2]: (module.__doc__ or "", module.run) for module in _MODULES
@@ -71,7 +89,7 @@ def measured(names: list[str]) -> tuple[Results, dict[str, str]]:
         for name in names:
             documented, run = BENCHMARKS[name]
             print(f"{name} …", file=sys.stderr, flush=True)
-            lines: list[Figure | Skipped] = []
+            lines: list[Result] = []
             try:
                 lines.extend(run(shared))
             except MissingError as error:

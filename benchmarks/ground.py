@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import create_engine, insert
 from sqlalchemy.engine import URL, Engine
@@ -72,9 +73,11 @@ class Ground:
             for name in names:
                 self.server.drop_database(name, force=True)
 
-    def repo(self, database: str, pool_size: int) -> type[Repo]:
+    def repo(self, database: str, pool_size: int, **config: Any) -> type[Repo]:
         """Define a repo; it is disposed with the server."""
-        repo = type("BenchRepo", (Repo,), {}, config={"url": self.server.url(database), "pool_size": pool_size})
+        repo = type(
+            "BenchRepo", (Repo,), {}, config={"url": self.server.url(database), "pool_size": pool_size, **config}
+        )
         self.repos.append(repo)
         return repo
 
@@ -107,14 +110,14 @@ def roomy_memory(databases: int) -> Path | None:
 
 
 @contextmanager
-def ground() -> Iterator[Ground]:
+def ground(*, log_statements: bool = False) -> Iterator[Ground]:
     """Start the server and fill the template.
 
     Raises:
         MissingError: There is no PostgreSQL, or it does not start.
     """
     try:
-        servers = start_servers(1)
+        servers = start_servers(1, log_statements=log_statements)
     except ServerStartError as error:
         raise MissingError(f"servers: {error}") from error
     with servers:

@@ -48,7 +48,7 @@ class Post(Base):
 def run(ground: Ground) -> Iterator[Figure]:
     with ground.databases(1) as (database,), ground.engines(database) as (default, autocommit):
         repo = ground.repo(database, pool_size=20)
-        _fill(default)
+        fill(default)
         whole = select(Author).options(selectinload(Author.posts))
 
         def with_session(engine: Engine) -> list[Author]:
@@ -68,7 +68,8 @@ def run(ground: Ground) -> Iterator[Figure]:
     yield from map(timings.time, subjects)
 
 
-def _fill(engine: Engine) -> None:
+def fill(engine: Engine) -> None:
+    """Make the authors, each with posts."""
     Base.metadata.create_all(engine)
     with engine.begin() as connection:
         connection.execute(insert(Author), [{"name": f"user {n}"} for n in range(_USERS)])

@@ -7,6 +7,7 @@ is sent as SQLAlchemy does it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -69,14 +70,15 @@ _OTHER_PARAMETERS: Final = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows with the same keys: their cells in the order of those, and their places among the rows that were given."""
+    """Rows with the same keys, and their places among the rows that were given."""
 
     names: tuple[str, ...]
-    rows: list[tuple[Any, ...]]
+    rows: Sequence[Row]
     places: Sequence[int]
 
-    def __iter__(self) -> Iterator[Row]:
-        return (dict(zip(self.names, row, strict=True)) for row in self.rows)
+    def cells(self) -> Iterator[Sequence[Any]]:
+        """The values of each row, in the order of the names; made as they are wanted."""
+        return map(_cells_of(self.names), self.rows)
 
 
 class Insertion:
@@ -210,25 +212,28 @@ def _chunks(destination: Destination, rows: Iterable[Row], size: int, *, in_orde
 
 def _alike(chunk: Sequence[Row], start: int) -> Batch | None:
     """One batch of rows with the same keys; None if they have others."""
-    names = tuple(chunk[0])
-    if set(map(len, chunk)) != {len(names)}:
+    batch = Batch(tuple(chunk[0]), chunk, range(start, start + len(chunk)))
+    if set(map(len, chunk)) != {len(batch.names)}:
         return None
     try:
-        return Batch(names, list(map(_cells_of(names), chunk)), range(start, start + len(chunk)))
+        # Nothing of it is kept: to make the cells twice is cheaper than to hold them meanwhile (decision 13).
+        deque(batch.cells(), maxlen=0)
+        return batch
     except KeyError:
         return None
 
 
 def _batches(chunk: Sequence[Row], start: int, *, in_order: bool) -> Iterator[Batch]:
     """Batches of rows whose keys are the same, in whatever order; *in_order*, of those that follow one another."""
-    merged: dict[object, tuple[tuple[str, ...], list[tuple[Any, ...]], list[int]]] = {}
+    merged: dict[object, tuple[tuple[str, ...], list[Row], list[int]]] = {}
     run, before = 0, None
     for place, row in enumerate(chunk, start):
         keys = frozenset(row)
         run += in_order and keys != before
         before = keys
-        names, rows, places = merged.setdefault((keys, run), (tuple(row), [], []))
-        rows.append(tuple(row[name] for name in names))
+        _, rows, places = merged.setdefault((keys, run), (tuple(row), [], []))
+        # Read now: what is no plain dict may run somebody's code, for which the middle of a COPY is no place.
+        rows.append({name: row[name] for name in row})
         places.append(place)
     return (Batch(*parts) for parts in merged.values())
 
@@ -252,8 +257,7 @@ class _Given:
 def _completed(destination: Destination, batch: Batch, *, scalars: bool = False) -> dict[Column[Any], list[Any]]:
     """The values of each column that rows give, that Python computes, or that is the same for all of them: *scalars*
     too, which SQLAlchemy puts into its own statements."""
-    given = map(list, zip(*batch.rows, strict=True)) if batch.names else ()
-    values = dict(zip((destination.columns[name] for name in batch.names), given, strict=True))
+    values = {destination.columns[name]: [row[name] for row in batch.rows] for name in batch.names}
     for column in destination.table.columns:
         if column in values:
             continue
@@ -343,7 +347,7 @@ def _insert_arrays(
 
 def _insert_joined(session: HomeSession, insertion: Insertion, batch: Batch) -> tuple[int, list[Any]]:
     """Insert rows of which each goes to several tables."""
-    session.execute(sql_insert(insertion.destination.entity), list(batch))
+    session.execute(sql_insert(insertion.destination.entity), batch.rows)
     return len(batch.rows), []
 
 
@@ -424,7 +428,7 @@ def _copied(
             raise ValueError(f"{column} has a default that is SQL, which via='copy' cannot send: give a value for it")
     computed = any(column.default is not None or column.key in destination.constants for column in others)
     if given and not computed and not any(_processor(column, dialect) for column in given):
-        return given, batch.rows
+        return given, batch.cells()
     values = _processed(_completed(destination, batch, scalars=True), dialect)
     if not values:
         raise ValueError("via='copy' needs a column: use via='insert' for rows that are all defaults")

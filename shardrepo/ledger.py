@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from itertools import islice
 from random import random
@@ -70,10 +70,11 @@ class Ledger(Generic[K, C]):
         self._lock = threading.RLock()
         self._in_step: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]  # as Condition uses it
         # All idle entries, least recently returned first; per key the same entries in the same order, so
-        # that the one to evict is always the first of its key.
+        # that the one to evict is always the first of its key. A key may have none left, while one of its is in use.
         self._idle: OrderedDict[Entry[K, C], None] = OrderedDict()
-        self._idle_of: dict[K, list[Entry[K, C]]] = {}
-        self._in_use: set[Entry[K, C]] = set()
+        self._idle_of: defaultdict[K, list[Entry[K, C]]] = defaultdict(list)
+        # Idle or in use, as their states say: to be lent and returned moves none about.
+        self._opened: set[Entry[K, C]] = set()
         self._connecting: set[Entry[K, C]] = set()
         self._connecting_to: Counter[Hashable] = Counter()
         self._waiting: list[Wait[K, C]] = []
@@ -110,29 +111,20 @@ class Ledger(Generic[K, C]):
         """
         if self._in_step():
             raise RuntimeError("a finaliser asked for a connection while the cache was at its books: open none in one")
-        with self._lock:
+        # Not `with`, which takes twice as long (decision 10). Inside, as a signal may end the wait or come right after.
+        try:
+            self._lock.acquire()
             lost = self._take_over_lost() if self._lost else ()
             idle = self._idle_of.get(key)
-            if idle is not None and kind is not _TRANSIENT:
+            if idle and kind is not _TRANSIENT:
                 if lost:
                     self._note_target()
                 return self._lend(idle, kind, self._borrower() if self._places.limits else None, lost)
-            wait: Wait[K, C] = Wait(key, kind, server, self._borrower(), self._places.scopes(key, server), lost)
-            # Whoever waits is blocked, and so is who needs the same: nobody is overtaken by this.
-            grant = self._permit(wait)
-            self._note_target()
-            if grant is not None:
-                grant.close = [*lost, *grant.close]
-                return grant
-            if wait.outage is not None:
-                return wait
-            wait.held = self._held_in_a_cycle(wait)
-            if wait.held:
-                wait.bounds = self._bounds_of(wait)
-            else:
-                wait.turn = make_turn()
-                self._waiting.append(wait)
-            return wait
+            wait = Wait(key, kind, server, self._borrower(), self._places.scopes(key, server), lost)
+            return self._permit_or_queue(wait, make_turn)
+        finally:
+            if self._in_step():
+                self._lock.release()
 
     def opened(self, entry: Entry[K, C], connection: C) -> Step[K, C]:
         """A permit's connect succeeded; *connection* is in use by its caller."""
@@ -144,7 +136,7 @@ class Ledger(Generic[K, C]):
             entry.since = now
             entry.expires = now + self.ages.max_lifetime * (1 - self._jitter() / 10)
             entry.retired = entry.retired or self.disposed
-            self._in_use.add(entry)
+            self._opened.add(entry)
             return self._settle(())
 
     def failed(self, entry: Entry[K, C], verdict: Verdict = Verdict.UNKNOWN, cause: str = "") -> Step[K, C]:
@@ -166,10 +158,9 @@ class Ledger(Generic[K, C]):
         if self._in_step():
             self.reclaimed(entry)
             return NOTHING
-        with self._lock:
-            try:
-                self._in_use.remove(entry)
-            except KeyError:
+        try:  # as in `acquire`
+            self._lock.acquire()
+            if entry.state is not _IN_USE:
                 return NOTHING
             now = self._clock()
             if not reusable or entry.retired or entry.kind is _TRANSIENT or entry.expires <= now:
@@ -177,16 +168,15 @@ class Ledger(Generic[K, C]):
             entry.state = _IDLE
             entry.since = now
             self._idle[entry] = None
-            siblings = self._idle_of.get(entry.key)
-            if siblings is None:
-                self._idle_of[entry.key] = [entry]
-            else:
-                siblings.append(entry)
+            self._idle_of[entry.key].append(entry)
             if self._waiting:
                 self._pass_on(entry)
             elif self._kept <= self.pool_size and not self._lost:
                 return NOTHING
             return self._settle(())
+        finally:
+            if self._in_step():
+                self._lock.release()
 
     def reclaimed(self, entry: Entry[K, C]) -> None:
         """A connection in use came back without its borrower. Takes no lock: finalisers call this.
@@ -227,7 +217,7 @@ class Ledger(Generic[K, C]):
         in use, or being opened, when they are returned."""
         with self._lock:
             idle = list(self._idle if key is None else self._idle_of.get(key, ()))
-            for entry in (*self._in_use, *self._connecting):
+            for entry in (*self._opened, *self._connecting):
                 entry.retired = entry.retired or key is None or entry.key == key
             return self._settle([self._take(entry, "disconnected") for entry in idle])
 
@@ -270,7 +260,7 @@ class Ledger(Generic[K, C]):
         """What is in use, and for how many seconds already, the longest first."""
         with self._lock:
             now = self._clock()
-            return sorted(((entry, now - entry.since) for entry in self._in_use), key=lambda loan: -loan[1])
+            return sorted(((entry, now - entry.since) for entry in self._in_use()), key=lambda loan: -loan[1])
 
     def dispose(self) -> Step[K, C]:
         """`discard` everything, and keep nothing that is returned or opened from now on."""
@@ -280,7 +270,9 @@ class Ledger(Generic[K, C]):
 
     def abandon(self) -> list[C]:
         """Start empty, as a forked child must; returns the parent's connections, not to be touched."""
-        entries = [*self._idle, *self._in_use]
+        entries = self._opened
+        for entry in entries:
+            entry.state = State.GONE
         self._lost.clear()
         self._begin()
         return [entry.connection for entry in entries if entry.connection is not None]
@@ -291,7 +283,7 @@ class Ledger(Generic[K, C]):
             return Stats(
                 pool_size=self.pool_size,
                 idle=len(self._idle),
-                in_use=len(self._in_use),
+                in_use=len(self._in_use()),
                 connecting=len(self._connecting),
                 closing=self._closing,
                 waiting=len(self._waiting),
@@ -308,9 +300,12 @@ class Ledger(Generic[K, C]):
 
     # What follows runs with the lock held.
 
+    def _in_use(self) -> list[Entry[K, C]]:
+        return [entry for entry in self._opened if entry.state is _IN_USE]
+
     def _grant(self, wait: Wait[K, C]) -> Entry[K, C] | None:
         idle = self._idle_of.get(wait.key)
-        if idle is not None and wait.kind is not _TRANSIENT:
+        if idle and wait.kind is not _TRANSIENT:
             return self._lend(idle, wait.kind, wait.borrower, ())
         return self._permit(wait)
 
@@ -318,8 +313,6 @@ class Ledger(Generic[K, C]):
         self, idle: list[Entry[K, C]], kind: Kind, borrower: Hashable, lost: Sequence[Entry[K, C]]
     ) -> Entry[K, C]:
         entry = idle.pop()
-        if not idle:
-            del self._idle_of[entry.key]
         del self._idle[entry]
         now = self._clock()
         if now - entry.since > self.ages.check_after:
@@ -329,9 +322,25 @@ class Ledger(Generic[K, C]):
         entry.state = _IN_USE
         entry.borrower = borrower
         entry.close = lost
-        self._in_use.add(entry)
         self._hits += 1
         return entry
+
+    def _permit_or_queue(self, wait: Wait[K, C], make_turn: Callable[[], Turn]) -> Entry[K, C] | Wait[K, C]:
+        # Whoever waits is blocked, and so is who needs the same: nobody is overtaken by this.
+        grant = self._permit(wait)
+        self._note_target()
+        if grant is not None:
+            grant.close = [*wait.close, *grant.close]
+            return grant
+        if wait.outage is not None:
+            return wait
+        wait.held = self._held_in_a_cycle(wait)
+        if wait.held:
+            wait.bounds = self._bounds_of(wait)
+        else:
+            wait.turn = make_turn()
+            self._waiting.append(wait)
+        return wait
 
     def _permit(self, wait: Wait[K, C]) -> Entry[K, C] | None:
         """Let *wait* open a connection, unless its server is down, its turn has not come or a bound leaves no room."""
@@ -433,36 +442,36 @@ class Ledger(Generic[K, C]):
         """
         if not self._places.full(wait.scopes):
             return []
-        held = [entry for entry in self._in_use if entry.borrower == wait.borrower]
-        return held if held and self._places.is_hopeless(wait, self._waiting, self._in_use) else []
+        in_use = self._in_use()
+        held = [entry for entry in in_use if entry.borrower == wait.borrower]
+        return held if held and self._places.is_hopeless(wait, self._waiting, in_use) else []
 
     def _take_over_lost(self) -> list[Entry[K, C]]:
         close = []
         while self._lost:
             entry = self._lost.popleft()
-            if entry in self._in_use:
-                self._in_use.remove(entry)
+            if entry.state is _IN_USE:
                 self._reclaimed += 1
                 close.append(self._retire(entry, "reclaimed"))
         return close
 
     def _doubt(self, server: Hashable) -> None:
-        for entry in (*self._idle, *self._in_use):
+        for entry in self._opened:
             if entry.server == server:
                 entry.suspect = True
 
     def _take(self, entry: Entry[K, C], reason: Reason) -> Entry[K, C]:
         """Take an idle entry out, to be closed."""
         del self._idle[entry]
-        siblings = self._idle_of[entry.key]
-        siblings.remove(entry)
-        if not siblings:
-            del self._idle_of[entry.key]
+        self._idle_of[entry.key].remove(entry)
         return self._retire(entry, reason)
 
     def _retire(self, entry: Entry[K, C], reason: Reason) -> Entry[K, C]:
         entry.state = State.CLOSING
         entry.reason = reason
+        self._opened.remove(entry)
+        if not self._idle_of[entry.key]:
+            del self._idle_of[entry.key]
         self._closing += 1
         self._count(entry.kind, -1)
         return entry

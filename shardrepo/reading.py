@@ -2,7 +2,8 @@
 
 None of them knows a repo, chooses a database or begins a transaction: a session of the right database
 comes in, which lets go of the objects that it gives. Leans on how a `Select` keeps its limit, its groups, its order
-and its options, and on the mark of a result whose rows repeat (``tests/test_private_api.py``).
+and its options, on the mark of a result whose rows repeat, and on how a session lets go of many objects at once
+(``tests/test_private_api.py``).
 """
 
 from __future__ import annotations
@@ -115,10 +116,8 @@ def stream(session: HomeSession, statement: Select[Any]) -> Generator[Any]:
     result: Any = session.execute(session.prepared(statement))
     try:
         for rows in (result.scalars() if _is_single(statement) else result).partitions():
-            # One by one: to the result, a session that was emptied at once would be another one.
-            for obj in list(session):
-                if obj in session:
-                    session.expunge(obj)
+            # Not `expunge_all`: to the result, a session that was emptied so would be another one.
+            session._expunge_states(session.identity_map.all_states())
             yield from rows
     finally:
         result.close()

@@ -445,6 +445,19 @@ def test_a_result_is_marked_when_its_rows_repeat(engine: Engine) -> None:
         assert session.execute(text("SELECT 1"))._unique_filter_state is None
 
 
+def test_a_session_lets_go_of_all_that_it_has_loaded(engine: Engine) -> None:
+    """`_expunge_states` detaches objects and leaves the session what it was, for its results to go on (reading)."""
+    with Session(engine) as session:
+        session.add(User(name="Ada", posts=[Post(title="one")]))
+        session.flush()
+        session.expunge_all()
+        user = session.execute(select(User).options(joinedload(User.posts))).unique().scalar_one()
+        before = session.identity_map
+        session._expunge_states(session.identity_map.all_states())
+        assert (list(session), session.identity_map is before) == ([], True)
+        assert (inspect_mapped(user).detached, inspect_mapped(user.posts[0]).detached) == (True, True)
+
+
 def test_a_statement_tells_its_limit_and_groups() -> None:
     """`_limit_clause` and its like are how a select is asked whether it has any, and in which order (reading)."""
     plain = select(User.name)

@@ -41,7 +41,7 @@ class Recorder:
 
     def __enter__(self) -> Self:
         event.listen(LedgerPool, "close", self._closing)
-        self._ledger._lock = _Noted(self)  # type: ignore[assignment]  # enough of a lock for `with`
+        self._ledger._lock = _Noted(self)  # type: ignore[assignment]  # enough of a lock for a ledger
         return self
 
     def __exit__(
@@ -59,7 +59,7 @@ class Recorder:
         """Add the present state. Called with the ledger's lock held."""
         ledger, record = self._ledger, self.record
         being_closed = len(record.closed_at) - ledger._closed
-        record.busy.append(len(ledger._in_use) + len(ledger._connecting))
+        record.busy.append(len(ledger._in_use()) + len(ledger._connecting))
         record.idle.append(len(ledger._idle))
         record.doomed.append(max(0, ledger._closing - being_closed))
         record.at.append(monotonic())
@@ -73,13 +73,18 @@ class _Noted:
         self._release = recorder._lock.release
         self._note = recorder.note
 
-    def __enter__(self) -> bool:
+    def acquire(self) -> bool:
         return self._acquire()
 
-    def __exit__(self, *exc_info: object) -> None:
+    def release(self) -> None:
         # Before the release: the states are in the order in which they were.
         self._note()
         self._release()
+
+    __enter__ = acquire
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
 
 
 def _longs() -> array[int]:

@@ -272,6 +272,20 @@ def test_rows_of_any_mapping(repo: type[Repo], sql: SQL) -> None:
         repo.insert_all(User, [{"name": "e"}, defaultdict(str, {"age": 3})])
 
 
+@pytest.mark.parametrize("via", ["insert", "copy"])
+def test_rows_that_ask_the_database(repo: type[Repo], sql: SQL, via: Any) -> None:
+    """A mapping that reads its values with the repo can do so in the transaction that its row is inserted in."""
+
+    class Numbered(OrderedDict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            return f"{super().__getitem__(name)} after {repo.count(Tag)}"
+
+    repo.insert(Tag(label="first"))
+    with repo.transaction():
+        assert repo.insert_all(Tag, [Numbered(label="x"), Numbered(label="y")], via=via).count == 2
+    assert sql("SELECT label FROM tags ORDER BY id") == [("first",), ("x after 1",), ("y after 1",)]
+
+
 def test_empty_rows_return_each(repo: type[Repo], sql: SQL) -> None:
     """As many as there are, also among others."""
     assert repo.insert_all(Place, [], returning=True).rows == []

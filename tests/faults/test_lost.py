@@ -287,7 +287,7 @@ def test_a_connection_has_one_owner_while_it_is_collected(
     with Proxy(server) as proxy:
         repo = make_repo(database, on=proxy)
         Losses(repo).cyclic_generator(1)
-        (entry,) = repo._router.cache.ledger._in_use
+        (entry,) = repo._router.cache.ledger._in_use()
         assert entry.connection is not None
         driver: Any = entry.connection.dbapi_connection
         number = driver.fileno()

@@ -81,7 +81,8 @@ def idle_in(ledger: Books) -> list[Slot]:
     of_key: dict[str, list[Slot]] = {}
     for entry in ledger._idle:
         of_key.setdefault(entry.key, []).append(entry)
-    assert ledger._idle_of == of_key
+    assert {key: idle for key, idle in ledger._idle_of.items() if idle} == of_key
+    assert ledger._idle_of.keys() <= {entry.key for entry in ledger._opened}
     return list(ledger._idle)
 
 
@@ -1624,9 +1625,11 @@ class WatchedLock:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lock, name)
 
-    def __enter__(self) -> None:
+    def acquire(self) -> None:
         self._lock.acquire()
         self.taken += 1
+
+    __enter__ = acquire
 
     def __exit__(self, *exc_info: object) -> None:
         self._lock.release()
@@ -1639,6 +1642,35 @@ def test_every_step_takes_the_lock(step: str) -> None:
     ledger._lock = lock = WatchedLock(ledger._lock)  # type: ignore[assignment]  # stands in for it
     STEPS[step](ledger)
     assert lock.taken > 0
+
+
+class InterruptedLock:
+    """Is taken, or not, when a signal comes."""
+
+    def __init__(self, lock: Any, *, taken: bool) -> None:
+        self._lock = lock
+        self._taken = taken
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lock, name)
+
+    def acquire(self) -> None:
+        if self._taken:
+            self._lock.acquire()
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["while it waits", "once it is taken"])
+@pytest.mark.parametrize("step", ["acquire", "release"])
+def test_a_signal_leaves_the_lock_free(step: str, taken: bool) -> None:
+    """Ctrl-C while a step waits for the lock, or as soon as it has it, leaves it free and is what the caller gets."""
+    ledger: Books = Ledger(2)
+    entry = borrow(ledger, "a")
+    free = ledger._lock
+    ledger._lock = InterruptedLock(free, taken=taken)  # type: ignore[assignment]  # stands in for it
+    with pytest.raises(KeyboardInterrupt):
+        ledger.acquire("b") if step == "acquire" else ledger.release(entry)
+    assert not ledger._in_step()
 
 
 def test_a_finaliser_that_asks_for_a_connection_is_refused() -> None:
