@@ -8,11 +8,15 @@ from __future__ import annotations
 import sys
 import threading
 import traceback
-from collections import deque
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from typing import Any, Final
 
-from .boxed import BoxedConnection, Outer
+import psycopg
+
+from .boxed import LOST, BoxedConnection, Outer
 from .calls import deadline
 from .callsite import CallSite
 from .database import Database
@@ -23,35 +27,35 @@ from .pool import CachedConnection, LedgerPool, connection_of, on_behalf_of
 # Seconds between two looks for a connection whose holder is gone, which nobody tells of.
 _LOOK: Final = 0.05
 
-_LOST: Final = "what this test had written there is gone. Do what ends connections in sandbox.unboxed(...)"
-
 
 class Box:
     """The connection of one database in a sandbox. Opened when it is first wanted.
 
     Args:
         borrower: Whose it is, in the books of the cache.
+        check_usable: Raises once the sandbox is over.
         check_deferred: Whether deferred constraints are checked where a transaction would be committed.
 
     Attributes:
         database: Where it leads, once it was opened; None before.
     """
 
-    def __init__(self, borrower: object, check_deferred: bool) -> None:
+    def __init__(self, borrower: object, check_usable: Callable[[], object], check_deferred: bool) -> None:
         self.database: Database | None = None
-        self._check_deferred = check_deferred
         self._borrower = borrower
-        self._record: CachedConnection | None = None
-        self._outer: Outer | None = None
+        self._check_usable = check_usable
+        self._check_deferred = check_deferred
         # Keys of the cache whose users and passwords the server has accepted.
         self._accepted: set[object] = set()
         # Guards what follows: no I/O happens under it.
         self._changed = threading.Condition()
-        self._holder: threading.Thread | None = None
-        self._held = 0
+        self._record: CachedConnection | None = None
+        self._outer: Outer | None = None
+        # How many times each thread has it, or is about to.
+        self._turns: Counter[threading.Thread] = Counter()
         self._lent: set[Lent] = set()
-        # Those whose holders were collected; finalisers append, and take no lock.
-        self._lost: deque[Lent] = deque()
+        self._is_over = False
+        # The holder's: whether SQL of the users' own has run since it was tidied.
         self._is_untidy = False
 
     def lend(self, pool: LedgerPool) -> Lent:
@@ -61,119 +65,110 @@ class Box:
             CheckoutTimeoutError: Another thread has it, and did not return it in time; or a bound left no room for it.
             SandboxError: It was lost, and with it what the sandbox had written.
         """
-        site = CallSite()
-        self._take_turn(pool, site)
+        thread, site = threading.current_thread(), CallSite()
+        self._take_turn(thread, pool, site)
         try:
             record, outer = self._opened(pool)
-            lent = Lent(pool, self, record, BoxedConnection.of(outer, pool.database), site)
+            with self._changed:
+                if self._is_over:
+                    self._check_usable()
+                lent = Lent(pool, self, record, BoxedConnection.of(outer, pool.database), thread, site)
+                self._lent.add(lent)
         except BaseException:
-            self._end_turn()
+            self._end_turn(thread)
             raise
-        self._lent.add(lent)
         return lent
 
     def take_back(self, lent: Lent) -> None:
         """Roll back what its borrower left open, and undo what SQL has set; then it is the next one's turn."""
         if lent not in self._lent:
             return
+        outer = lent.boxed.outer
         try:
             self._leave(lent)
-            if self._is_untidy and len(self._lent) == 1 and not lent.outer.is_lost:
-                lent.outer.tidy()
+            if self._is_untidy and len(self._lent) == 1 and not outer.is_lost:
+                outer.tidy()
                 self._is_untidy = False
         finally:
             # Who has it still, detached or the driver's own, would be on a connection that is somebody else's by then.
             lent.boxed.abandon()
-            self._lent.discard(lent)
-            self._end_turn()
-
-    def reclaimed(self, lent: Lent) -> None:
-        """Its borrower is gone. Takes no lock: finalisers call this."""
-        self._lost.append(lent)
+            self._end_turn(lent.thread, lent)
 
     def start_ending(self) -> None:
-        """Begin to roll back. Nobody takes a connection here any more."""
-        while self._lost:
-            self._leave(self._lost[0])
-            self._lent.discard(self._lost.popleft())
-        if self._outer is not None and not self._lent and not self._outer.is_lost:
-            self._outer.start_rollback()
+        """Begin to roll back, unless somebody has it. Nobody takes a connection here any more."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+            outer, is_held = self._outer, bool(self._holders())
+        if outer is None or is_held:
+            return
+        with suppress(psycopg.Error, SandboxError):  # it is closed then
+            self._take_back_lost()
+        if not self._lent and not outer.is_lost:
+            outer.start_rollback()
 
     def end(self) -> list[str]:
         """Return the connection to the cache once all is rolled back; what was not as it should be."""
-        record, outer, where = self._record, self._outer, self.database
-        if record is None or outer is None or where is None:
+        record, outer = self._record, self._outer
+        if record is None or outer is None or self.database is None:
             return []
-        problems = [f"{where.home}: {problem}" for problem in self._problems(outer)]
-        for lent in self._lent:
-            lent.boxed.abandon()
-        if self._lent or outer.is_lost:
-            # Whoever has it may be using it at this moment: nobody else may get it.
-            record.invalidate()
-        else:
-            outer.finish_rollback()
-            # All that was set in it was set in the transaction, or reset when it was returned.
-            record.vouched = True
-        record.give_back()
-        return problems
-
-    def _problems(self, outer: Outer) -> list[str]:
         problems = [
             f"a connection is still in use; {lent.taken.thread} took it at {lent.taken.line}: leave its block, or "
             "close its session, before the sandbox ends"
             for lent in self._lent
             if lent.taken is not None
         ]
-        if outer.is_lost:
-            problems.append(f"its connection was lost: {_LOST}")
-        problems += [
-            f"the transaction was ended by hand at {line}: what had been written until then may be there for good; let "
-            "`with repo.transaction():` do it, or use sandbox.unboxed(...)"
-            for line in outer.ended_by_hand
-        ]
-        if outer.levels.has_undone:
-            problems.append(
-                "what one unit of work had committed was undone when another one, begun before it, was rolled back: "
-                "they share one connection here. Let them end in the order of a stack, or use sandbox.unboxed(...)"
-            )
-        return problems
+        problems += outer.problems()
+        for lent in self._lent:
+            lent.boxed.abandon()
+        try:
+            if self._lent or self._holders() or outer.is_lost:
+                # Whoever has it may be using it at this moment: nobody else may get it.
+                record.invalidate()
+            else:
+                problems += outer.finish_rollback()
+                # All that was set in it was set in the transaction, or reset when it was returned.
+                record.vouched = not self._is_untidy
+        finally:
+            record.give_back()
+        return [f"{self.database.home}: {problem}" for problem in problems]
 
     # Whose turn it is
 
-    def _take_turn(self, pool: LedgerPool, site: CallSite) -> None:
-        caller, begun = threading.current_thread(), monotonic()
+    def _take_turn(self, caller: threading.Thread, pool: LedgerPool, site: CallSite) -> None:
+        begun = monotonic()
         latest = begun + pool.settings.checkout_timeout
         latest = min(latest, deadline.get() or latest)
         with self._changed:
-            while not self._is_free_for(caller):
+            while others := self._holders() - {caller}:
+                self._check_usable()
                 left = latest - monotonic()
                 if left <= 0:
-                    raise self._timed_out(pool, site, monotonic() - begun)
+                    raise self._timed_out(pool, min(others, key=str), site, monotonic() - begun)
                 self._changed.wait(min(left, _LOOK))
-            self._holder = caller
-            self._held += 1
+            self._turns[caller] += 1
 
-    def _is_free_for(self, caller: threading.Thread) -> bool:
-        active = self._held - len(self._lost)
-        return active == 0 or self._holder is caller or self._holder is None or not self._holder.is_alive()
+    def _holders(self) -> set[threading.Thread]:
+        """The threads whose turn it is: not those that have ended, nor of those whose connections were collected."""
+        turns = self._turns - Counter(lent.thread for lent in self._lent if lent.is_lost)
+        return {thread for thread in turns if thread.is_alive()}
 
-    def _end_turn(self) -> None:
+    def _end_turn(self, thread: threading.Thread, lent: Lent | None = None) -> None:
         with self._changed:
-            self._held -= 1
-            if self._held == 0:
-                self._holder = None
+            self._turns -= Counter([thread])
+            self._lent.discard(lent)
             self._changed.notify_all()
 
-    def _timed_out(self, pool: LedgerPool, site: CallSite, seconds: float) -> CheckoutTimeoutError:
-        holder = self._holder
-        taken = next((str(lent.taken) for lent in list(self._lent)), "nobody knows where")
-        frame = None if holder is None else sys._current_frames().get(holder.ident or 0)
+    def _timed_out(
+        self, pool: LedgerPool, holder: threading.Thread, site: CallSite, seconds: float
+    ) -> CheckoutTimeoutError:
+        taken = next((str(lent.taken) for lent in self._lent if lent.thread is holder), "nobody knows where")
+        frame = sys._current_frames().get(holder.ident or 0)
         now = "".join(traceback.format_stack(frame)) if frame is not None else "nobody knows where\n"
         return CheckoutTimeoutError(
             f"no connection to {pool.database.home} within {seconds:.1f} s: a sandbox has one of each database, and "
-            f"{holder.name if holder is not None else 'a thread'} has this one. Return it there first, by leaving the "
-            f"block or closing the session that has it.\n\nTaken at:\n{taken}\n\nIts thread is at:\n{now}\n"
-            f"Wanted at:\n{site}",
+            f"{holder.name} has this one. Return it there first, by leaving the block or closing the session that has "
+            f"it.\n\nTaken at:\n{taken}\n\nIts thread is at:\n{now}\nWanted at:\n{site}",
             database=pool.database,
             bounds={},
         )
@@ -184,23 +179,36 @@ class Box:
         if pool.ledger.disposed:
             raise RepoDisposedError(f"{pool.database.home} is a disposed repo's: define a new one")
         if self._record is None or self._outer is None:
-            self._record = record = self._open(pool)
-            self._outer = Outer(connection_of(record), check_deferred=self._check_deferred)
-            self.database = pool.database
+            opened = self._open(pool)
         elif self._outer.is_lost:
-            raise SandboxError(f"the sandbox's connection to {pool.database.home} was lost: {_LOST}")
-        elif pool.database.key not in self._accepted:
-            # Another user, password or option. It gets this connection only if the server would have it.
-            pool.take_aside(Kind.TRANSIENT).give_back()
+            raise SandboxError(f"the sandbox's connection to {pool.database.home} was lost: {LOST}")
+        else:
+            opened = self._record, self._outer
+            if pool.database.key not in self._accepted:
+                # Another user, password or option. It gets this connection only if the server would have it.
+                pool.take_aside(Kind.TRANSIENT).give_back()
         self._accepted.add(pool.database.key)
-        while self._lost:
-            self.take_back(self._lost.popleft())
-        return self._record, self._outer
+        self._take_back_lost()
+        return opened
 
-    def _open(self, pool: LedgerPool) -> CachedConnection:
+    def _open(self, pool: LedgerPool) -> tuple[CachedConnection, Outer]:
+        record = self._taken(pool)
+        record.taken = None  # held for long by design, which is no leak
+        real = connection_of(record)
+        outer = Outer(real, check_deferred=self._check_deferred, patience=pool.settings.connect_timeout)
+        with self._changed:
+            if not self._is_over:
+                self._record, self._outer, self.database = record, outer, pool.database
+        if self._record is not record:
+            # It was ended meanwhile, and nobody will do so again.
+            record.give_back()
+            self._check_usable()
+        return record, outer
+
+    def _taken(self, pool: LedgerPool) -> CachedConnection:
         token = on_behalf_of.set(self._borrower)
         try:
-            record = pool.take_aside(Kind.PINNED)
+            return pool.take_aside(Kind.PINNED)
         except CheckoutTimeoutError as error:
             if not error.held:
                 raise
@@ -210,34 +218,40 @@ class Box:
             ) from error
         finally:
             on_behalf_of.reset(token)
-        record.taken = None  # held for long by design, which is no leak
-        return record
+
+    def _take_back_lost(self) -> None:
+        for lent in [lent for lent in self._lent if lent.is_lost]:
+            self.take_back(lent)
 
     def _leave(self, lent: Lent) -> None:
         """End the transaction of one who returns it, or is gone."""
         connection = lent.boxed
         self._is_untidy |= (connection.used and not lent.vouched) or connection.leaves_traces
-        if not lent.outer.is_lost:
+        if not connection.outer.is_lost:
             connection.leave()
 
 
 class Lent(CachedConnection):
     """A connection that a box has lent, as SQLAlchemy's pools see it."""
 
-    __slots__ = ("box", "boxed")
+    __slots__ = ("box", "boxed", "is_lost", "thread")
 
     def __init__(
-        self, pool: LedgerPool, box: Box, real: CachedConnection, boxed: BoxedConnection, site: CallSite
+        self,
+        pool: LedgerPool,
+        box: Box,
+        real: CachedConnection,
+        boxed: BoxedConnection,
+        thread: threading.Thread,
+        site: CallSite,
     ) -> None:
         super().__init__(pool, real.entry, connect=False)
         self.box = box
+        self.thread = thread
+        # Whether its borrower was collected. Finalisers set it, and take no lock.
+        self.is_lost = False
         self.taken = site
         self.dbapi_connection = self.boxed = boxed
-
-    @property
-    def outer(self) -> Outer:
-        """The transaction that its own lie in."""
-        return self.boxed.outer
 
     def get_connection(self) -> Any:
         # Never connects anew: that would lead out of the box.
@@ -248,4 +262,4 @@ class Lent(CachedConnection):
         self.pool.listeners.tell("checkin", self.pool.database, monotonic() - self.opened_at)
 
     def reclaimed(self) -> None:
-        self.box.reclaimed(self)
+        self.is_lost = True

@@ -131,13 +131,17 @@ class DriverConnection(psycopg.Connection[Any]):
         """Set `autocommit` outside a transaction, in one step where psycopg takes a lock and runs a generator."""
         object.__setattr__(self, "_autocommit", mode)
 
+    def restore(self) -> None:
+        """Give it the settings again that `settle` found."""
+        for name, value in self._settings.items():
+            setattr(self, name, value)
+
     def reset(self) -> None:
         """Undo whatever SQL, or a setting of this object, may have left in the session. One round trip.
 
         None if pooled: the session that SQL has changed belongs to somebody else by now.
         """
-        for name, value in self._settings.items():
-            setattr(self, name, value)
+        self.restore()
         self._notice_handlers[:], self._notify_handlers[:] = self._handlers
         self._adapters = AdaptersMap(self._own_adapters)
         self.begin_as(None, read_only=False, deferrable=False)

@@ -359,7 +359,7 @@ class Sandbox:
         with self._lock:
             box = self._boxes.get(home)
             if box is None:
-                box = self._boxes[home] = Box(self, self._check_deferred)
+                box = self._boxes[home] = Box(self, self.check_usable, self._check_deferred)
             return box
 
     def _roll_back(self) -> list[str]:

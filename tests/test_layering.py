@@ -53,7 +53,7 @@ FOR_TYPES = {("errors", "database"), ("errors", "directory"), ("log", "repo")}
 
 # The modules that may load what stands behind them; nothing else may, at import or later.
 OWNERS = {
-    "psycopg": {"boxed", "catalog", "connection", "diagnosis", "driver", "testing"},
+    "psycopg": {"box", "boxed", "catalog", "connection", "diagnosis", "driver", "testing"},
     "alembic": {"fleet", "scripts"},
     "pytest": {"pytest_plugin", "testing"},
     "factory": {"testing"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from shardrepo.testing.servers import Server, Servers
 
 from ..conftest import TEMPLATE, await_, await_connections, books_balance, connections_of, contents, run_sql
 from ..models import Post, Tag, User
+from ..proxy import Proxy
 
 pytestmark = pytest.mark.testing
 
@@ -221,6 +223,18 @@ def test_a_session_in_the_sandbox_of_an_older_engine(repo: type[Repo], server: S
     assert repo.count(Tag) == 0
 
 
+@pytest.mark.parametrize(
+    "read", ["WITH one AS (SELECT 1) SELECT * FROM one", "/* why */ SELECT 1", "(SELECT 1) UNION (SELECT 2)"]
+)
+def test_a_session_that_only_reads_otherwise(repo: type[Repo], read: str) -> None:
+    """However it says that, it takes nothing along."""
+    with repo.sandbox():
+        with repo.session() as session:
+            session.execute(text(read))
+            repo.insert(Tag(label="meanwhile"))
+        assert repo.count(Tag) == 1
+
+
 def test_a_stream(repo: type[Repo]) -> None:
     """Rows are written while they are streamed, which a stream that only reads neither refuses nor undoes."""
     with repo.sandbox():
@@ -279,6 +293,23 @@ def test_a_timeout_is_not_the_end_of_it(repo: type[Repo]) -> None:
             repo.insert(Tag(label="lost"))
             repo.execute("SELECT pg_sleep(30)")
         assert repo.all(select(Tag.label)) == ["kept"]
+
+
+def test_a_server_that_says_nothing_any_more(make_repo: Make, names: tuple[str, str], proxy: Proxy) -> None:
+    """A call ends when its time is over, or soon after, and so does the sandbox, whose connection is lost."""
+    repo = make_repo(names[0], proxy, connect_timeout=0.5)
+    with pytest.raises(SandboxError, match="its connection was lost"), repo.sandbox():
+        repo.insert(Tag(label="gone"))
+        proxy.deafen()
+        with pytest.raises(OperationalError), repo.call_options(timeout=0.1):
+            repo.count(Tag)
+    proxy.restore()
+    with repo.sandbox():
+        repo.insert(Tag(label="gone"))
+        proxy.deafen()
+    proxy.restore()
+    assert repo.count(Tag) == 0
+    assert books_balance(repo)
 
 
 def test_what_a_borrower_leaves_behind(repo: type[Repo]) -> None:
@@ -386,6 +417,60 @@ def test_what_is_undone_with_another(repo: type[Repo]) -> None:
                 repo.insert(Tag(label="audited"))
             1 / 0  # noqa: B018
     assert repo.get_database().home in str(caught.value)
+
+
+def test_what_an_older_one_has_written_since(repo: type[Repo]) -> None:
+    """Goes with a newer one that is rolled back: that is reported if it is committed, with the line, and only then."""
+    for keeps in (True, False):
+        with pytest.raises(SandboxError, match="was undone when") if keeps else nullcontext() as caught, repo.sandbox():
+            with repo.session() as older, repo.session() as newer:
+                older.execute(text("SELECT 1"))
+                newer.add(Tag(label="newer"))
+                newer.flush()
+                older.add(Tag(label="older"))
+                older.flush()
+                newer.rollback()
+                if keeps:
+                    older.commit()
+        if keeps:
+            assert f"{Path(__file__).name}:" in str(caught.value)  # type: ignore[union-attr]
+
+
+def test_savepoints_of_several(repo: type[Repo]) -> None:
+    """Each one's are its own, though all are called alike, and end in whatever order."""
+    with repo.sandbox(), repo.session() as one, repo.session() as other:
+        one.add(Tag(label="one"))
+        one.flush()
+        ones = one.begin_nested()
+        one.add(Tag(label="lost"))
+        one.flush()
+        others = other.begin_nested()
+        other.execute(text("SELECT 1"))
+        ones.rollback()
+        other.add(Tag(label="other"))
+        others.commit()
+        with pytest.raises(ZeroDivisionError), one.begin_nested(), other.begin_nested():
+            other.add(Tag(label="lost, too"))
+            other.flush()
+            1 / 0  # noqa: B018
+        other.commit()
+        one.commit()
+        assert repo.all(select(Tag.label).order_by(Tag.id)) == ["one", "other"]
+
+
+def test_what_is_kept_in_a_savepoint_of_another(repo: type[Repo]) -> None:
+    """It outlives that one, if nothing else was done in it; else that is reported, as with a transaction."""
+    for label in ("", "lost"):
+        with pytest.raises(SandboxError, match="was undone when") if label else nullcontext(), repo.sandbox():
+            with repo.transaction():
+                repo.insert(Tag(label="one"))
+                with pytest.raises(ZeroDivisionError), repo.savepoint():
+                    if label:
+                        repo.insert(Tag(label=label))
+                    with repo.detached():
+                        repo.insert(Tag(label="audited"))
+                    1 / 0  # noqa: B018
+            assert repo.all(select(Tag.label).order_by(Tag.id)) == (["one"] if label else ["one", "audited"])
 
 
 def test_a_connection_that_is_still_in_use(repo: type[Repo], names: tuple[str, str], server: Server) -> None:

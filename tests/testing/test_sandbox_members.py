@@ -16,8 +16,9 @@ from sqlalchemy import select, text
 from shardrepo import CheckoutTimeoutError, ConfigError, Repo, SandboxError
 from shardrepo.testing.servers import Server
 
-from ..conftest import contents
+from ..conftest import await_, books_balance, contents
 from ..models import Tag
+from ..proxy import Proxy
 
 pytestmark = pytest.mark.testing
 
@@ -416,3 +417,68 @@ def test_a_session_that_is_collected_lets_the_next_one_have_it(repo: type[Repo])
         assert count(repo) == 0
         done.set()
         forgetful.join()
+
+
+def test_threads_that_end_without_returning_it_block_nobody(repo: type[Repo]) -> None:
+    """Others have it by turns from then on."""
+    sessions = []
+
+    def leave_open() -> None:
+        session = repo.session()
+        session.execute(text("SELECT 1"))
+        sessions.append(session)
+
+    with pytest.raises(SandboxError, match="still in use"), repo.sandbox() as sandbox:
+        in_thread(leave_open, sandbox.allow)
+        for number in range(3):
+            assert count(repo) == number
+            in_thread(lambda: repo.insert(Tag(label=str(count(repo)))), sandbox.allow)
+    sessions[0].close()
+
+
+def test_a_thread_that_waits_for_it_at_the_end(repo: type[Repo]) -> None:
+    """It is told that the sandbox is over, at once."""
+    waits = threading.Event()
+    said: list[str] = []
+
+    def wait() -> None:
+        waits.set()
+        with pytest.raises(SandboxError, match="in a sandbox that is over") as caught:
+            count(repo)
+        said.append(str(caught.value))
+
+    waiting = threading.Thread(target=wait)
+    with pytest.raises(SandboxError, match="still in use"), repo.sandbox() as sandbox:
+        session = repo.session()
+        session.execute(text("SELECT 1"))
+        sandbox.allow(waiting)
+        waiting.start()
+        waits.wait()
+    waiting.join()
+    session.close()
+    assert len(said) == 1
+
+
+def test_a_thread_that_connects_at_the_end(
+    make_repo: Make, two_databases: tuple[str, str], server: Server, proxy: Proxy
+) -> None:
+    """What it opens goes to the cache, and nothing is written on it."""
+    repo = make_repo(two_databases[0], proxy)
+    said: list[str] = []
+
+    def connect() -> None:
+        with pytest.raises(SandboxError, match="in a sandbox that is over") as caught:
+            repo.insert(Tag(label="late"))
+        said.append(str(caught.value))
+
+    connecting = threading.Thread(target=connect)
+    proxy.deafen(live=False)
+    with repo.sandbox() as sandbox:
+        sandbox.allow(connecting)
+        connecting.start()
+        await_(lambda: repo.stats().connecting == 1)
+    proxy.restore()
+    connecting.join()
+    assert len(said) == 1
+    assert (repo.stats().in_use, contents(server, two_databases[0])) == (0, [])
+    assert books_balance(repo)
