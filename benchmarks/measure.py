@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import quantiles
 from time import perf_counter
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
 
 
 class MissingError(Exception):
@@ -24,8 +27,14 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
+        if len(values) == 1:
+            return cls.exactly(values[0])
         low, median, high = quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
+
+    @classmethod
+    def exactly(cls, value: float) -> Self:
+        return cls(value, value, value)
 
     def __mul__(self, factor: float) -> Spread:
         return Spread(self.median * factor, self.low * factor, self.high * factor)
@@ -68,6 +77,32 @@ class Skipped:
 
     what: str
     lacks: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Many figures of several subjects, side by side: a row for each subject, a cell for each column."""
+
+    what: str
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[Spread | str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What is drawn when the page is written, and not before.
+
+    Attributes:
+        name: Of its files.
+        caption: What there is to see, for those who do not see it too.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[], Drawing]
+
+
+Result: TypeAlias = Figure | Skipped | Table | Picture
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The results, as a table to look at, as JSON, and as the page docs/figures.md."""
+"""The results, as tables to look at, as JSON, and as the page docs/figures.md with its pictures."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias, TypeVar
 
 from psycopg import pq
 
-from .measure import Figure, Skipped
+from .measure import Figure, Picture, Result, Skipped, Spread, Table
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures.md"
 
+# Beside the page, one for each of a picture's formats.
+_FOLDER = "figures"
+
 Results: TypeAlias = Mapping[str, "Section"]
+
+T = TypeVar("T")
 
 _HEAD = """# Figures
 
@@ -35,7 +41,11 @@ class Section:
     """What one benchmark measured; *about* is its docstring."""
 
     about: str
-    lines: Sequence[Figure | Skipped]
+    lines: Sequence[Result]
+
+    def only(self, kind: type[T]) -> list[T]:
+        """The lines of one kind, in their order."""
+        return [line for line in self.lines if isinstance(line, kind)]
 
 
 def surroundings(server_version: int | None) -> dict[str, str]:
@@ -67,10 +77,21 @@ def as_json(results: Results, about: Mapping[str, str]) -> str:
 def _plain(section: Section) -> dict[str, Any]:
     figures = [
         {"what": line.what, **asdict(line.value), "unit": line.unit, "goal": _goal(line), "reached": line.reached}
-        for line in section.lines
-        if isinstance(line, Figure)
+        for line in section.only(Figure)
     ]
-    return {"figures": figures, "skipped": [asdict(line) for line in section.lines if isinstance(line, Skipped)]}
+    tables = [{"what": table.what, "rows": _plain_rows(table)} for table in section.only(Table)]
+    skipped = [asdict(line) for line in section.only(Skipped)]
+    return {"figures": figures, "tables": tables, "skipped": skipped}
+
+
+def _plain_rows(table: Table) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            column: asdict(cell) if isinstance(cell, Spread) else cell
+            for column, cell in zip(table.columns, cells, strict=True)
+        }
+        for name, cells in table.rows.items()
+    }
 
 
 def as_table(results: Results) -> Iterator[str]:
@@ -78,17 +99,72 @@ def as_table(results: Results) -> Iterator[str]:
     for name, section in results.items():
         yield ""
         yield f"{name}: {section.about.splitlines()[0]}"
-        for what, value, goal in map(_cells, section.lines):
-            yield f"  {what:<64} {value:<36} {goal}".rstrip()
+        for table in section.only(Table):
+            yield f"  {table.what}"
+            for row in (("", *table.columns), *_rows(table)):
+                yield f"    {row[0]:<44} {' '.join(f'{cell:>20}' for cell in row[1:])}".rstrip()
+        for line in section.lines:
+            if isinstance(line, Figure | Skipped):
+                what, value, goal = _cells(line)
+                yield f"  {what:<64} {value:<36} {goal}".rstrip()
 
 
 def as_page(results: Results, about: Mapping[str, str]) -> str:
     """The page docs/figures.md."""
     page = _HEAD + "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in about.items())
     for name, section in results.items():
-        page += f"\n## {name}\n\n{section.about.strip()}\n\n| | measured | to reach |\n|---|---|---|\n"
-        page += "".join(f"| {' | '.join(_cells(line))} |\n" for line in section.lines)
+        page += f"\n## {name}\n\n{section.about.strip()}\n"
+        for picture in section.only(Picture):
+            page += f"\n![{picture.caption}]({_FOLDER}/{picture.name}.svg)\n"
+        for table in section.only(Table):
+            page += f"\n{table.what}:\n\n" + _as_markdown(("", *table.columns), _rows(table))
+        if lines := [line for line in section.lines if isinstance(line, Figure | Skipped)]:
+            page += "\n" + _as_markdown(("", "measured", "to reach"), map(_cells, lines))
     return page
+
+
+def _as_markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |".replace("|  |", "| |"), f"|{'---|' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def write(page: str, results: Results, path: Path = FIGURES) -> None:
+    """Draw the pictures and write the page: all of it is made beside its place, and only then put there."""
+    with TemporaryDirectory(dir=path.parent, prefix=".figures-") as made:
+        (Path(made) / path.name).write_text(page, encoding="utf-8")
+        for picture in (picture for section in results.values() for picture in section.only(Picture)):
+            save(picture, Path(made))
+        (path.parent / _FOLDER).mkdir(exist_ok=True)
+        for file in sorted(Path(made).iterdir(), key=lambda file: file.suffix == path.suffix):
+            file.replace((path.parent if file.name == path.name else path.parent / _FOLDER) / file.name)
+
+
+def save(picture: Picture, folder: Path) -> None:
+    """Write it as PNG and as SVG: the same files for the same data, which need no font."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "path", "svg.hashsalt": picture.name}):
+        drawing = picture.draw()
+        drawing.savefig(folder / f"{picture.name}.png", metadata={"Software": None})
+        drawing.savefig(folder / f"{picture.name}.svg", metadata={"Date": None})
+
+
+def _rows(table: Table) -> Iterator[tuple[str, ...]]:
+    for name, cells in table.rows.items():
+        yield (name, *(_short(cell) if isinstance(cell, Spread) else cell for cell in cells))
+
+
+def _short(spread: Spread) -> str:
+    """The median, and the quartiles where they are told from it."""
+    median, low, high = map(_rounded, (spread.median, spread.low, spread.high))
+    return median if low == median == high else f"{median} [{low}, {high}]"
+
+
+def _rounded(value: float) -> str:
+    """Three digits, or all that stand before the point."""
+    if value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
 def _cells(line: Figure | Skipped) -> tuple[str, str, str]:
