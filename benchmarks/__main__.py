@@ -59,12 +59,12 @@ def main() -> None:
         parser.error("--write draws pictures, which needs matplotlib: pip install 'shardrepo[demo]'")
     try:
         results, about = measured(names)
+        print(as_json(results, about) if arguments.json else "\n".join(as_table(results)))
+        if arguments.write:
+            write(as_page(results, about) + soak.kept_section(), results)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(128 + SIGINT)
-    print(as_json(results, about) if arguments.json else "\n".join(as_table(results)))
-    if arguments.write:
-        write(as_page(results, about) + soak.kept_section(), results)
 
 
 def measured(names: list[str]) -> tuple[Results, dict[str, str]]:

@@ -79,7 +79,7 @@ class Case(NamedTuple):
 
 
 # None for a round whose process did not live to its end.
-Rounds: TypeAlias = Mapping[Rival, list[Measured | None]]
+Rounds: TypeAlias = Mapping[Rival, Sequence[Measured | None]]
 
 CASES: Final[Mapping[Case, Sequence[Rival]]] = {
     Case(60): RIVALS,
@@ -105,16 +105,13 @@ def compare(cases: Mapping[Case, Sequence[Rival]], rounds: int, seconds: float) 
     measured: dict[Case, Rounds] = {}
     with _servers(max(case.databases for case in cases)) as (doors, urls):
         for case, rivals in cases.items():
+            plans = [Plan(case.users, case.think, seconds, seed=number, ramp=_RAMP) for number in range(1, rounds + 1)]
             there = [rival for rival in rivals if rival not in missing]
-            chosen = urls[:: len(urls) // case.databases]
-            measured[case] = {rival: [] for rival in there}
-            for number in range(1, rounds + 1):
-                plan = Plan(case.users, case.think, seconds, seed=number, ramp=_RAMP)
-                _measure(case, plan, measured[case], doors, chosen)
+            measured[case] = _measured(case, plans, there, doors, urls[:: len(urls) // case.databases])
             yield from _lost_rounds(case, measured[case])
             yield _table(case, measured[case])
-        misplaced = _misplaced(urls, [load for rounds in measured.values() for load in _lived(*rounds.values())])
-    yield from _of_the_repo({case: _lived(rounds[REPO]) for case, rounds in measured.items()})
+        misplaced = _misplaced(urls, [load for found in measured.values() for load in _lived(*found.values())])
+    yield from _of_the_repo({case: _lived(found[REPO]) for case, found in measured.items()})
     yield Figure("all of them: rows lost, or in another database", Spread.exactly(misplaced), "rows", Goal("≤", 0))
     yield from _pictures(measured, seconds)
 
@@ -138,14 +135,18 @@ def _servers(databases: int) -> Iterator[tuple[list[URL], list[URL]]]:
         yield [server.url() for server in servers], create(servers, databases, lambda _: None)
 
 
-def _measure(case: Case, plan: Plan, measured: Rounds, doors: Sequence[URL], urls: Sequence[URL]) -> None:
-    """One round of each; each time another one begins."""
-    rivals = list(measured)
-    start = plan.seed % len(rivals)
-    for rival in rivals[start:] + rivals[:start]:
-        print(f"  {case}: {rival.name}, round {plan.seed}", file=sys.stderr, flush=True)
-        prepared = rival.prepare(rival.name, case.target)
-        measured[rival].append(sampled(prepared, rival.name, doors, urls, plan))
+def _measured(
+    case: Case, plans: Sequence[Plan], rivals: Sequence[Rival], doors: Sequence[URL], urls: Sequence[URL]
+) -> Rounds:
+    """A round of each rival for each plan; each time another one begins."""
+    measured: dict[Rival, list[Measured | None]] = {rival: [] for rival in rivals}
+    for plan in plans:
+        start = plan.seed % len(rivals)
+        for rival in (*rivals[start:], *rivals[:start]):
+            print(f"  {case}: {rival.name}, round {plan.seed}", file=sys.stderr, flush=True)
+            prepared = rival.prepare(rival.name, case.target)
+            measured[rival].append(sampled(prepared, rival.name, doors, urls, plan))
+    return measured
 
 
 def sampled(prepared: Preparation, name: str, doors: Sequence[URL], urls: Sequence[URL], plan: Plan) -> Measured | None:
@@ -220,6 +221,8 @@ def _of_the_repo(measured: Mapping[Case, Sequence[Measured]]) -> Iterator[Figure
         if rates := [load.load.stats.hit_rate for load in loads if load.load.stats]:
             yield Figure(f"{case}: {REPO.name}, hit rate", Spread.of(rates), "of checkouts")
     every = [load for loads in measured.values() for load in loads]
+    if not every:
+        return
     samples = f"{REPO.name}: samples over, of all {sum(len(load.samples) for load in every):,}"
     yield Figure(samples, Spread.exactly(sum(load.over or 0 for load in every)), "samples", Goal("≤", 0))
     rows = f"{REPO.name}: wrong rows, of all {sum(load.load.rows for load in every):,}"
@@ -236,11 +239,15 @@ def _pictures(measured: Mapping[Case, Rounds], seconds: float) -> Iterator[Pictu
         yield throughput(most, {case.load: _points(measured[case]) for case in (thinking, busy)})
 
 
+def _shown(rounds: Rounds) -> dict[Rival, list[Measured]]:
+    return {rival: loads for rival in RIVALS if (loads := _lived(rounds.get(rival, ())))}
+
+
 def _typical(rounds: Rounds) -> dict[str, Measured]:
     """Of each rival the round with the median of connections at peak."""
-    lived = {rival: _lived(loads) for rival, loads in rounds.items() if rival in RIVALS and _lived(loads)}
     return {
-        rival.name: sorted(loads, key=lambda load: load.peak.total)[len(loads) // 2] for rival, loads in lived.items()
+        rival.name: sorted(loads, key=lambda load: load.peak.total)[len(loads) // 2]
+        for rival, loads in _shown(rounds).items()
     }
 
 
@@ -248,6 +255,5 @@ def _points(rounds: Rounds) -> dict[str, tuple[float, float]]:
     """Of each rival its connections at peak and its operations per second, the medians."""
     return {
         rival.name: (median(load.peak.total for load in loads), median(load.throughput for load in loads))
-        for rival in rounds
-        if rival in RIVALS and (loads := _lived(rounds[rival]))
+        for rival, loads in _shown(rounds).items()
     }

@@ -7,9 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 import psutil  # type: ignore[import-untyped]  # has no stubs of its own
 import pytest
@@ -71,7 +72,7 @@ def test_a_process_that_dies_takes_nothing_along(servers: Servers, urls: list[UR
     assert sampled(die, "rival", [server.url() for server in servers], urls[:1], plan) is None
 
 
-def die(*_: object) -> None:
+def die(_urls: Sequence[URL], _plan: Plan) -> NoReturn:
     """Be a rival that ends its process."""
     os._exit(1)
 
