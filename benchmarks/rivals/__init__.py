@@ -86,20 +86,27 @@ def _tenancy(application_name: str, _target: int, urls: Sequence[URL], plan: Pla
     return TenancyLoad(TenancyDriver(application_name, urls), urls, plan)
 
 
+def _tenancy_on_psycopg(application_name: str, _target: int, urls: Sequence[URL], plan: Plan) -> Users:
+    from .tenancy import TenancyDriver, TenancyLoad
+
+    return TenancyLoad(TenancyDriver(application_name, urls, "psycopg"), urls, plan)
+
+
 def _few_engines(application_name: str, target: int, urls: Sequence[URL], plan: Plan) -> Users:
     from .tenancy import TenancyDriver, TenancyLoad
 
-    return TenancyLoad(TenancyDriver(application_name, urls, max_cached_engines=target), urls, plan)
+    return TenancyLoad(TenancyDriver(application_name, urls, "psycopg", max_cached_engines=target), urls, plan)
 
-
-_TENANCY: Final = ("fastapi_tenancy", "asyncpg")
 
 REPO: Final = Rival("a Repo", _repo)
 KEPT: Final = Rival("an engine per database, kept", _kept)
 SHARDED: Final = Rival("horizontal_shard", _sharded)
 POOLS: Final = Rival("psycopg_pool per database", _pools, ("psycopg_pool",))
-TENANCY: Final = Rival("fastapi-tenancy", _tenancy, _TENANCY)
-FEW_ENGINES: Final = Rival("fastapi-tenancy, as many engines as the target", _few_engines, _TENANCY)
+TENANCY: Final = Rival("fastapi-tenancy", _tenancy, ("fastapi_tenancy", "asyncpg"))
+TENANCY_ON_PSYCOPG: Final = Rival("fastapi-tenancy on psycopg", _tenancy_on_psycopg, ("fastapi_tenancy",))
+FEW_ENGINES: Final = Rival(
+    "fastapi-tenancy on psycopg, as many engines as the target", _few_engines, ("fastapi_tenancy",)
+)
 NULL_POOL: Final = Rival("NullPool engines", _null_pool)
 PER_OPERATION: Final = Rival("an engine per operation", _per_operation)
 

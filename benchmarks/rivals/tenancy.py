@@ -2,7 +2,8 @@
 
 From its README, "Database isolation", and `make_tenant_db_dependency`, which does what is done here: a manager's
 `isolation_provider.get_session(tenant)` for each request. What FastAPI itself would cost, and finding the tenant that
-a request names, is left out. The driver is asyncpg, as in all of its documentation.
+a request names, is left out. The driver is asyncpg, as in all of its documentation; or psycopg, as all others have
+it here, which connects several times as fast.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 from fastapi_tenancy import IsolationStrategy, TenancyConfig, TenancyManager, Tenant
 from fastapi_tenancy.storage.memory import InMemoryTenantStore
 from sqlalchemy import event
-from sqlalchemy.engine import URL, Engine
+from sqlalchemy.engine import URL, Dialect, Engine
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from shardrepo.demo.drivers import select_few
@@ -37,11 +38,11 @@ class TenancyDriver:
         options: Settings of the `TenancyConfig` that are not left at what they are.
     """
 
-    def __init__(self, application_name: str, urls: Sequence[URL], **options: Any) -> None:
+    def __init__(self, application_name: str, urls: Sequence[URL], driver: str = "asyncpg", **options: Any) -> None:
         _name_connections(application_name)
         config = TenancyConfig(
-            database_url=f"postgresql+asyncpg://{_address(urls[0])}",
-            database_url_template="postgresql+asyncpg://{tenant_id}",
+            database_url=f"postgresql+{driver}://{_address(urls[0])}",
+            database_url_template=f"postgresql+{driver}://{{tenant_id}}",
             isolation_strategy=IsolationStrategy.DATABASE,
             **options,
         )
@@ -138,8 +139,9 @@ def _name_connections(application_name: str) -> None:
     """Have the servers list connections under that name, for which the configuration has no place."""
 
     @event.listens_for(Engine, "do_connect")
-    def name(_dialect: object, _record: object, _arguments: object, parameters: dict[str, Any]) -> None:
-        parameters["server_settings"] = {"application_name": application_name}
+    def name(dialect: Dialect, _record: object, _arguments: object, parameters: dict[str, Any]) -> None:
+        name = {"application_name": application_name}
+        parameters.update({"server_settings": name} if dialect.driver == "asyncpg" else name)
 
 
 def _address(url: URL) -> str:

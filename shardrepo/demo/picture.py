@@ -63,7 +63,7 @@ def draw_connections(lines: Sequence[Line], subtitle: str, *, target: int, secon
     axes.set_ylim(0, max(target, *(max(line.totals) for line in lines)) * 1.15)
     axes.set_xlabel("seconds since the load began")
     axes.set_ylabel("connections")
-    _draw_target(axes, target, seconds)
+    _draw_target(axes, target)
     _draw_end(axes, seconds)
     _name(axes, lines)
     return figure
@@ -100,12 +100,14 @@ def _dress(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw_target(axes: Axes, target: int, seconds: float) -> None:
+def _draw_target(axes: Axes, target: int) -> None:
     axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.annotate(
         f"target: {target}",
-        (seconds, target),
-        (-6, 4),
+        # At the end, where the lines are at rest.
+        (1, target),
+        (-2, 4),
+        xycoords=("axes fraction", "data"),
         textcoords="offset points",
         ha="right",
         color=INK,

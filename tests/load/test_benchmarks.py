@@ -21,12 +21,12 @@ from benchmarks.load import Case, compare, sampled
 from benchmarks.measure import Figure, MissingError, Picture, Result, Skipped, Table
 from benchmarks.pictures import throughput
 from benchmarks.report import Section, as_page, write
-from benchmarks.rivals import FEW_ENGINES, KEPT, NULL_POOL, PER_OPERATION, REPO, RIVALS, Rival
+from benchmarks.rivals import FEW_ENGINES, KEPT, NULL_POOL, PER_OPERATION, REPO, RIVALS, TENANCY_ON_PSYCOPG, Rival
 from shardrepo.demo.load import Plan
 from shardrepo.demo.picture import spread
 from shardrepo.testing.servers import Servers
 
-INSTALLED = [rival for rival in (*RIVALS, FEW_ENGINES) if all(map(find_spec, rival.packages))]
+INSTALLED = [rival for rival in (*RIVALS, TENANCY_ON_PSYCOPG, FEW_ENGINES) if all(map(find_spec, rival.packages))]
 ABSENT = Rival("nobody's", REPO.make, ("nobodys_package",))
 
 # Two small cases, in a process whose load would go on for a minute.
