@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,6 +23,7 @@ from benchmarks.measure import Figure, MissingError, Picture, Result, Skipped, T
 from benchmarks.pictures import throughput
 from benchmarks.report import Section, as_page, write
 from benchmarks.rivals import FEW_ENGINES, KEPT, NULL_POOL, PER_OPERATION, REPO, RIVALS, TENANCY_ON_PSYCOPG, Rival
+from shardrepo.demo.child import Child, _interrupts_blocked
 from shardrepo.demo.load import Plan
 from shardrepo.demo.picture import spread
 from shardrepo.testing.servers import Servers
@@ -157,27 +159,61 @@ def test_names_that_meet_are_spread(heights: list[float], apart: float, moved: l
     assert spread(heights, apart) == pytest.approx(moved)
 
 
-def test_an_interrupted_run_leaves_nothing() -> None:
-    """After Ctrl-C there is none of its processes, and none of its servers' files."""
-    run = subprocess.Popen(
+@pytest.fixture
+def long_run() -> Iterator[subprocess.Popen[str]]:
+    """A comparison that would go on for minutes, as a terminal's foreground job."""
+    with subprocess.Popen(
         [sys.executable, "-c", LONG_RUN, "load", "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    assert run.stderr is not None
-    assert any("round 1" in line for line in run.stderr)
-    processes = psutil.Process(run.pid).children(recursive=True)
+    ) as run:
+        yield run
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+def test_an_interrupted_run_leaves_nothing(long_run: subprocess.Popen[str]) -> None:
+    """After Ctrl-C there is none of its processes, and none of its servers' files."""
+    assert long_run.stderr is not None
+    assert any("round 1" in line for line in long_run.stderr)
+    processes = psutil.Process(long_run.pid).children(recursive=True)
     folders = set(data_directories(processes))
-    os.killpg(run.pid, signal.SIGINT)
-    said, complaint = run.communicate()
-    assert (run.returncode, said) == (130, "")
+    os.killpg(long_run.pid, signal.SIGINT)
+    said, complaint = long_run.communicate(timeout=100)
+    assert (long_run.returncode, said) == (130, "")
     assert complaint.endswith("interrupted: nothing was written\n")
     assert len(folders) == 4
     psutil.wait_procs(processes, timeout=60)
     assert [process for process in processes if process.is_running()] == []
     assert [folder for folder in folders if folder.exists()] == []
+
+
+def test_an_interrupt_while_a_process_starts_is_not_lost() -> None:
+    """A Ctrl-C in the moment in which a process is started comes after it."""
+    started = []
+    with pytest.raises(KeyboardInterrupt):
+        with _interrupts_blocked():
+            signal.raise_signal(signal.SIGINT)
+            started.append(True)
+    assert started
+
+
+def test_a_process_does_not_hear_of_interrupts() -> None:
+    """Ctrl-C is for whoever started it."""
+    child = Child(answer)
+    assert child.pipe.recv() == "begun"
+    os.kill(child.pid, signal.SIGINT)
+    child.pipe.send("still there?")
+    assert child.pipe.recv() == "still there?"
+    child.end()
+
+
+def answer(pipe: Pipe) -> None:
+    """Be a process that says what it is told."""
+    pipe.send("begun")
+    pipe.send(pipe.recv())
 
 
 def data_directories(processes: list[psutil.Process]) -> Iterator[Path]:
