@@ -1,4 +1,4 @@
-"""`python -m benchmarks [name …] [--json] [--write]`: 15 minutes for all of them; or `soak`."""
+"""`python -m benchmarks [name …] [--json] [--write]`: 25 minutes for all of them; or `soak`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
+from signal import SIGINT
 from typing import TypeAlias
 
 from . import (
@@ -28,7 +30,7 @@ from . import (
 )
 from .ground import Ground, ground
 from .measure import MissingError, Result, Skipped
-from .report import FIGURES, Results, Section, as_json, as_page, as_table, surroundings
+from .report import FIGURES, Results, Section, as_json, as_page, as_table, surroundings, write
 
 Benchmark: TypeAlias = Callable[[Ground], Iterator[Result]]
 
@@ -62,17 +64,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="benchmark", help=f"some of {', '.join(BENCHMARKS)}; all without")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--write", action="store_true", help=f"write docs/{FIGURES.name} too, which needs all of them")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write docs/{FIGURES.name} and its pictures too, which needs all of them"
+    )
     arguments = parser.parse_args()
     names = arguments.names or list(BENCHMARKS)
     if unknown := [name for name in names if name not in BENCHMARKS]:
         parser.error(f"no benchmark {unknown[0]!r}: there are {', '.join(BENCHMARKS)}")
     if arguments.write and set(names) != set(BENCHMARKS):
         parser.error("--write writes the whole page: name no benchmark, or all of them")
-    results, about = measured(names)
-    print(as_json(results, about) if arguments.json else "\n".join(as_table(results)))
-    if arguments.write:
-        FIGURES.write_text(as_page(results, about) + soak.kept_section(), encoding="utf-8")
+    if arguments.write and find_spec("matplotlib") is None:
+        parser.error("--write draws pictures, which needs matplotlib: pip install 'shardrepo[demo]'")
+    try:
+        results, about = measured(names)
+        print(as_json(results, about) if arguments.json else "\n".join(as_table(results)))
+        if arguments.write:
+            write(as_page(results, about) + soak.kept_section(), results)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(128 + SIGINT)
 
 
 def measured(names: list[str]) -> tuple[Results, dict[str, str]]:

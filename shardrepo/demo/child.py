@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection as Pipe
+from multiprocessing.resource_tracker import ensure_running
 from typing import Any
 
 
@@ -18,6 +19,7 @@ class Child:
 
     Attributes:
         pipe: Our end.
+        pid: Its number.
     """
 
     def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
@@ -26,9 +28,11 @@ class Child:
         ours, theirs = context.Pipe()
         self.pipe: Pipe = ours
         self._process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
-        with _interrupts_ignored():
+        with _interrupts_blocked():
             self._process.start()
         theirs.close()
+        assert self._process.pid
+        self.pid: int = self._process.pid
 
     def end(self) -> None:
         """Close the pipe and wait until the process has ended."""
@@ -38,10 +42,13 @@ class Child:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    # A process inherits what is ignored, from its first instruction on.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_blocked() -> Iterator[None]:
+    """Have a Ctrl-C wait until the end of the block. A process that is started in it never sees one."""
+    # A process inherits what is blocked, from its first instruction on. It would inherit what is ignored, too, but a
+    # Ctrl-C in that moment would be lost to this process as well.
+    ensure_running()  # of itself it would start with the first process, and unblock
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

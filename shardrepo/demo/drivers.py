@@ -1,10 +1,15 @@
-"""The two ways to reach many databases that the demo compares: a Repo, and an engine per database."""
+"""The two ways to reach many databases that the demo compares: a Repo, and an engine per database.
+
+Others derive from these: the benchmark `load` compares more ways, which differ in where a session comes from.
+"""
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Final, Literal, Protocol, TypeAlias
+from contextlib import AbstractContextManager
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 from sqlalchemy import Select, create_engine, select
 from sqlalchemy.engine import URL, Engine
@@ -19,18 +24,23 @@ from .models import Customer
 Way: TypeAlias = Literal["repo", "by hand"]
 
 # How many rows "a small all" asks for.
-_FEW: Final = 5
+FEW: Final = 5
 
 
-class Driver(Protocol):
+class Disposable(Protocol):
+    """What holds connections until it is disposed of."""
+
+    def stats(self) -> Stats | None: ...
+    def dispose(self) -> None: ...
+
+
+class Driver(Disposable, Protocol):
     """A way to read and write customers in any of many databases. Every method may be called from any thread."""
 
     def get(self, url: URL, key: int) -> Customer | None: ...
     def few(self, url: URL, first: int) -> list[Customer]: ...
     def insert(self, url: URL, customer: Customer) -> None: ...
     def update(self, url: URL, key: int) -> Customer: ...
-    def stats(self) -> Stats | None: ...
-    def dispose(self) -> None: ...
 
 
 class RepoDriver:
@@ -46,7 +56,7 @@ class RepoDriver:
 
     def few(self, url: URL, first: int) -> list[Customer]:
         with self.repo.using(**_options(url)):
-            return self.repo.all(_few(first))
+            return self.repo.all(select_few(first))
 
     def insert(self, url: URL, customer: Customer) -> None:
         with self.repo.using(**_options(url)):
@@ -70,30 +80,28 @@ class RepoDriver:
         self.repo.dispose()
 
 
-class ByHandDriver:
-    """What one writes without a library: an engine per database, made at its first use and kept."""
+class SessionDriver(ABC):
+    """Everything through SQLAlchemy's own sessions, one for each operation."""
 
-    def __init__(self, application_name: str) -> None:
-        self._application_name = application_name
-        self._engines: dict[URL, Engine] = {}
-        # Guards the engines, so that no database gets two.
-        self._lock = threading.Lock()
+    @abstractmethod
+    def session(self, url: URL) -> AbstractContextManager[Session]:
+        """A session on that database, to be closed at the end of the block."""
 
     def get(self, url: URL, key: int) -> Customer | None:
-        with self._session(url) as session:
+        with self.session(url) as session:
             return session.get(Customer, key)
 
     def few(self, url: URL, first: int) -> list[Customer]:
-        with self._session(url) as session:
-            return list(session.scalars(_few(first)))
+        with self.session(url) as session:
+            return list(session.scalars(select_few(first)))
 
     def insert(self, url: URL, customer: Customer) -> None:
-        with self._session(url) as session:
+        with self.session(url) as session:
             session.add(customer)
             session.commit()
 
     def update(self, url: URL, key: int) -> Customer:
-        with self._session(url) as session:
+        with self.session(url) as session:
             customer = session.get_one(Customer, key)
             customer.visits += 1
             session.commit()
@@ -102,17 +110,31 @@ class ByHandDriver:
     def stats(self) -> None:
         return None
 
+
+class ByHandDriver(SessionDriver):
+    """What one writes without a library: an engine per database, made at its first use and kept.
+
+    Args:
+        options: What else `create_engine` is told.
+    """
+
+    def __init__(self, application_name: str, **options: Any) -> None:
+        self._options = {"connect_args": {"application_name": application_name}, **options}
+        self._engines: dict[URL, Engine] = {}
+        # Guards the engines, so that no database gets two.
+        self._lock = threading.Lock()
+
+    def session(self, url: URL) -> Session:
+        return Session(self._engine(url), expire_on_commit=False)
+
     def dispose(self) -> None:
         for engine in self._engines.values():
             engine.dispose()
 
-    def _session(self, url: URL) -> Session:
-        return Session(self._engine(url), expire_on_commit=False)
-
     def _engine(self, url: URL) -> Engine:
         with self._lock:
             if url not in self._engines:
-                self._engines[url] = create_engine(url, connect_args={"application_name": self._application_name})
+                self._engines[url] = create_engine(url, **self._options)
             return self._engines[url]
 
 
@@ -139,5 +161,6 @@ def _options(url: URL) -> Options:
     }
 
 
-def _few(first: int) -> Select[Customer]:
-    return select(Customer).where(Customer.id >= first).order_by(Customer.id).limit(_FEW)
+def select_few(first: int) -> Select[Customer]:
+    """The next few customers from a key on."""
+    return select(Customer).where(Customer.id >= first).order_by(Customer.id).limit(FEW)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import random
 import threading
+from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from time import monotonic
 from typing import Final, Literal, TypeAlias
 
 from sqlalchemy.engine import URL
 
-from .drivers import Driver
+from .drivers import Disposable, Driver
 from .models import Customer
 
 Verb: TypeAlias = Literal["get", "few", "insert", "update"]
@@ -86,46 +89,54 @@ class Tally:
         self.wrong = 0
         self.inserted: Counter[str] = Counter()
 
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count the operation in the block, with the time it takes or the error that it raises."""
+        begun = monotonic()
+        try:
+            yield
+            self.latencies.append(monotonic() - begun)
+        except Exception as error:
+            self.errors[_name_of(error)] += 1
+
     def check(self, url: URL, customers: Sequence[Customer | None]) -> None:
         """Count the rows that are missing or come from another database than *url*'s."""
         self.rows += len(customers)
         self.wrong += sum(customer is None or customer.database != url.database for customer in customers)
 
+    def check_new(self, url: URL, customer: Customer) -> None:
+        """Count a row that was inserted."""
+        self.check(url, [customer])
+        self.inserted[str(url.database)] += 1
 
-class Load:
-    """A load that runs in threads of its own, from `start` until `wait` says so."""
 
-    def __init__(self, driver: Driver, urls: Sequence[URL], plan: Plan) -> None:
+class Users(ABC):
+    """The users of a load, whatever they run in, from `start` until `wait` says so.
+
+    Attributes:
+        driver: What they use; whoever made it disposes of it.
+        tallies: What each of them has seen so far.
+    """
+
+    def __init__(self, driver: Disposable, urls: Sequence[URL], plan: Plan) -> None:
+        self.driver = driver
         self.tallies = [Tally() for _ in range(plan.threads)]
-        self._driver = driver
+        self.started = self.ended = 0.0
         self._urls = urls
         self._plan = plan
         self._stop = threading.Event()
-        # Daemons: a process whose parent is gone ends without asking them.
-        self._threads = [
-            threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(plan.threads)
-        ]
-        self.started = self.ended = 0.0
 
+    @abstractmethod
     def start(self) -> None:
-        """Start every thread."""
-        self.started = monotonic()
-        for thread in self._threads:
-            thread.start()
+        """Let every user begin."""
 
-    def stop(self) -> None:
-        """Let every thread end after the operation that it is at."""
-        self._stop.set()
-
+    @abstractmethod
     def wait(self, timeout: float) -> bool:
         """Wait *timeout* seconds at most for the end; whether the load has ended."""
-        deadline = monotonic() + timeout
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - monotonic()))
-        if any(thread.is_alive() for thread in self._threads):
-            return False
-        self.ended = self.ended or monotonic()
-        return True
+
+    def stop(self) -> None:
+        """Let every user end after the operation that it is at."""
+        self._stop.set()
 
     @property
     def operations(self) -> int:
@@ -140,26 +151,57 @@ class Load:
         """How many rows were inserted so far, by database."""
         return sum((tally.inserted for tally in self.tallies), Counter())
 
-    def _run(self, number: int) -> None:
-        tally = self.tallies[number]
-        self._stop.wait(self._plan.ramp * number / self._plan.threads)
+    def _delay(self, number: int) -> float:
+        """Seconds after the start at which a user arrives."""
+        return self._plan.ramp * number / self._plan.threads
+
+    def _steps(self, number: int) -> Iterator[Step]:
+        """What a user does, until the load is over."""
         for done, step in enumerate(trace(self._urls, self._plan, number)):
             if self._stop.is_set() or self._is_over(done, number):
                 return
-            begun = monotonic()
-            try:
-                perform(self._driver, step, tally)
-                tally.latencies.append(monotonic() - begun)
-            except Exception as error:
-                tally.errors[_name_of(error)] += 1
-            self._stop.wait(step.pause)
+            yield step
 
     def _is_over(self, done: int, number: int) -> bool:
         plan = self._plan
         if plan.seconds is not None and monotonic() - self.started >= plan.seconds:
             return True
-        # The first threads do one more where the division leaves a rest.
+        # The first users do one more where the division leaves a rest.
         return plan.operations is not None and done >= -(-(plan.operations - number) // plan.threads)
+
+
+class Load(Users):
+    """Users in threads of their own."""
+
+    def __init__(self, driver: Driver, urls: Sequence[URL], plan: Plan) -> None:
+        super().__init__(driver, urls, plan)
+        self._perform = partial(perform, driver)
+        # Daemons: a process whose parent is gone ends without asking them.
+        self._threads = [
+            threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(plan.threads)
+        ]
+
+    def start(self) -> None:
+        self.started = monotonic()
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self, timeout: float) -> bool:
+        deadline = monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            return False
+        self.ended = self.ended or monotonic()
+        return True
+
+    def _run(self, number: int) -> None:
+        tally = self.tallies[number]
+        self._stop.wait(self._delay(number))
+        for step in self._steps(number):
+            with tally.timed():
+                self._perform(step, tally)
+            self._stop.wait(step.pause)
 
 
 def perform(driver: Driver, step: Step, tally: Tally) -> None:
@@ -172,10 +214,15 @@ def perform(driver: Driver, step: Step, tally: Tally) -> None:
     elif step.verb == "update":
         tally.check(url, [driver.update(url, key)])
     else:
-        customer = Customer(name=f"customer of {url.database}", email=f"{key}@{url.database}.example", city="Paris")
+        customer = new_customer(step)
         driver.insert(url, customer)
-        tally.check(url, [customer])
-        tally.inserted[str(url.database)] += 1
+        tally.check_new(url, customer)
+
+
+def new_customer(step: Step) -> Customer:
+    """What the step inserts, by its name meant for that database."""
+    name = step.url.database
+    return Customer(name=f"customer of {name}", email=f"{step.key}@{name}.example", city="Paris")
 
 
 def _name_of(error: Exception) -> str:

@@ -40,12 +40,10 @@ class Audit:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """One way's load, as its process and the servers saw it."""
+class Measured:
+    """A load, as its process and the servers saw it."""
 
-    way: Way
     load: Rested
-    audit: Audit
     samples: Sequence[Sample] = field(repr=False)
 
     @property
@@ -63,11 +61,6 @@ class Outcome:
         """How many samples show more than the books allow; None where there are no books."""
         record = self.load.record
         return None if record is None else len(samples_over(record, self.samples))
-
-    @property
-    def wrong(self) -> int:
-        """Rows that the load met in the wrong database, and those that the audit found there, or nowhere."""
-        return self.load.wrong + self.audit.strays + self.audit.lost
 
     @property
     def seconds(self) -> float:
@@ -92,6 +85,19 @@ class Outcome:
         """Connections in use or connecting, on average over the load."""
         record = self.load.record
         return None if record is None else record.mean_busy(self.load.started, self.load.ended)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Measured):
+    """One way's load, and what it left in the databases."""
+
+    way: Way
+    audit: Audit
+
+    @property
+    def wrong(self) -> int:
+        """Rows that the load met in the wrong database, and those that the audit found there, or nowhere."""
+        return self.load.wrong + self.audit.strays + self.audit.lost
 
 
 @dataclass(frozen=True, slots=True)

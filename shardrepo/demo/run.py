@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Final
@@ -21,7 +22,7 @@ from .picture import draw
 from .report import Audit, Outcome, Report, Settings
 from .sampler import Sampler
 from .show import Show, View
-from .worker import Message, Rested, Worker
+from .worker import Message, Rested, Worker, prepare
 
 WAYS: Final[tuple[Way, ...]] = ("repo", "by hand")
 
@@ -51,11 +52,12 @@ def measure(way: Way, doors: Sequence[URL], urls: Sequence[URL], settings: Setti
     """Run the load one way, in a process of its own, while another samples the servers."""
     name = f"demo {way}"
     plan = Plan(settings.threads, settings.think_ms / 1000, settings.seconds, seed=settings.seed)
-    with Sampler(doors, name) as sampler, Worker(way, name, urls, plan, settings.pool_size) as worker:
+    prepared = partial(prepare, way, name, settings.pool_size)
+    with Sampler(doors, name) as sampler, Worker(prepared, urls, plan) as worker:
         load = _watch(worker, sampler, View(way, settings), show)
         sampler.drain_after(load.ended + _SETTLE)
     samples = [sample for sample in sampler.samples if sample.start >= load.started]
-    return Outcome(way, load, _audited(urls, load.inserted), samples)
+    return Outcome(load, samples, way, _audited(urls, load.inserted))
 
 
 def _watch(worker: Worker, sampler: Sampler, view: View, show: Show) -> Rested:

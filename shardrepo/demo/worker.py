@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection as Pipe
@@ -19,7 +19,7 @@ from sqlalchemy.pool import NullPool
 from ..stats import Stats
 from .child import Child
 from .drivers import RepoDriver, Way, make_driver
-from .load import Load, Plan, percentile
+from .load import Load, Plan, Users, percentile
 from .record import Record, Recorder
 
 # Seconds between two reports of a running load.
@@ -58,15 +58,21 @@ class Rested:
 
 Message: TypeAlias = "Running | Rested"
 
+# Makes the load, in the process that runs it.
+Preparation: TypeAlias = Callable[[Sequence[URL], Plan], Users]
+
 
 class Worker:
     """Runs a load in a new process; `pipe` yields `Running` reports, then one `Rested`.
 
     Leaving the block lets the process dispose of what it holds, and end.
+
+    Args:
+        prepare: To be found by its name: a function of a module, or a `partial` of one.
     """
 
-    def __init__(self, way: Way, application_name: str, urls: Sequence[URL], plan: Plan, pool_size: int) -> None:
-        self._arguments = (way, application_name, urls, plan, pool_size)
+    def __init__(self, prepare: Preparation, urls: Sequence[URL], plan: Plan) -> None:
+        self._arguments = (prepare, urls, plan)
 
     def __enter__(self) -> Self:
         self._child = Child(_work, *self._arguments)
@@ -79,14 +85,19 @@ class Worker:
         self._child.end()
 
 
-def _work(pipe: Pipe, way: Way, application_name: str, urls: Sequence[URL], plan: Plan, pool_size: int) -> None:
+def prepare(way: Way, application_name: str, pool_size: int, urls: Sequence[URL], plan: Plan) -> Load:
+    """Make the load of *way*, which opens nothing yet."""
+    return Load(make_driver(way, application_name, pool_size), urls, plan)
+
+
+def _work(pipe: Pipe, prepare: Preparation, urls: Sequence[URL], plan: Plan) -> None:
     """Be the worker, until the other end of *pipe* is closed."""
-    driver = make_driver(way, application_name, pool_size)
+    load = prepare(urls, plan)
+    driver = load.driver
     with ExitStack() as stack:
         stack.enter_context(suppress(BrokenPipeError, ConnectionResetError))
         stack.callback(driver.dispose)
         recorder = stack.enter_context(Recorder(driver.ledger)) if isinstance(driver, RepoDriver) else None
-        load = Load(driver, urls, plan)
         stack.callback(load.stop)
         # What both ways load at their first connect is not what they cost.
         create_engine(urls[0], poolclass=NullPool)
@@ -100,12 +111,12 @@ def _work(pipe: Pipe, way: Way, application_name: str, urls: Sequence[URL], plan
         pipe.poll(None)
 
 
-def _running(load: Load, stats: Stats | None) -> Running:
+def _running(load: Users, stats: Stats | None) -> Running:
     wrong = sum(tally.wrong for tally in load.tallies)
     return Running(monotonic(), load.operations, load.errors().total(), wrong, stats)
 
 
-def _rested(load: Load, before: int, stats: Stats | None, recorder: Recorder | None) -> Rested:
+def _rested(load: Users, before: int, stats: Stats | None, recorder: Recorder | None) -> Rested:
     after = memory()
     latencies = sorted(latency for tally in load.tallies for latency in tally.latencies)
     return Rested(
