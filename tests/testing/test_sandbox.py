@@ -760,27 +760,3 @@ def test_classes_that_share_databases_share_it(repo: type[Repo]) -> None:
         Careful.insert(Tag(label="in it"))
         assert repo.count(Tag) == 1
     assert Careful.count(Tag) == 0
-
-
-def test_a_thousand_sandboxes_over_twenty_databases(make_repo: Make, twenty: list[str], server: Server) -> None:
-    """Twenty connections, the same ones all the time, and nothing else of them is left or grows."""
-    repo = make_repo(twenty[0], pool_size=20)
-
-    def once() -> None:
-        with repo.sandbox() as sandbox:
-            for name in twenty:
-                with repo.using(name):
-                    repo.insert(Tag(label=name))
-            assert len(sandbox.databases) == 20
-
-    once()
-    before = await_connections(server, name_of(repo), twenty)
-    gc.collect()
-    objects = len(gc.get_objects())
-    for _ in range(1000):
-        once()
-    gc.collect()
-    assert await_connections(server, name_of(repo), twenty) == before
-    assert {state for _, state in states_of(server, repo)} == {"idle"}
-    assert len(gc.get_objects()) - objects < 1000  # one per sandbox would be as many
-    assert (repo.stats().attempts, repo.stats().in_use) == (20, 0)
