@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.resource_tracker import ensure_running
-from typing import Any
+from typing import Any, Final
+
+# Seconds in which a process ends that finds nobody at the other end. Disposing of what does not answer takes some.
+PATIENCE: Final = 60.0
 
 
 class Child:
@@ -35,9 +38,12 @@ class Child:
         self.pid: int = self._process.pid
 
     def end(self) -> None:
-        """Close the pipe and wait until the process has ended."""
+        """Close the pipe and wait until the process has ended; one that does not is killed."""
         self.pipe.close()
-        self._process.join()
+        self._process.join(PATIENCE)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
         self._process.close()
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from multiprocessing.connection import Connection as Pipe
@@ -208,6 +209,22 @@ def test_a_process_does_not_hear_of_interrupts() -> None:
     child.pipe.send("still there?")
     assert child.pipe.recv() == "still there?"
     child.end()
+
+
+def test_a_process_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for ever for a process that hangs."""
+    monkeypatch.setattr("shardrepo.demo.child.PATIENCE", 0.0)
+    child = Child(hang)
+    assert child.pipe.recv() == "begun"
+    process = psutil.Process(child.pid)
+    child.end()
+    assert not process.is_running()
+
+
+def hang(pipe: Pipe) -> None:
+    """Be a process that does not care who is at the other end."""
+    pipe.send("begun")
+    threading.Event().wait()
 
 
 def answer(pipe: Pipe) -> None:
