@@ -5,8 +5,9 @@ transaction begins a savepoint, and so does each statement that would be committ
 spoils nothing. One thread at a time has it, from its first checkout to its last return.
 
 Leans on what psycopg does not document, beside what `connection` does, tested in ``tests/test_private_api.py``: a
-connection begins its transactions in ``_start_query``, keeps how many of its own blocks are open in
-``_num_transactions``, and changes a setting by generators that another connection's ``wait`` may run.
+connection begins its transactions in ``_start_query``, sends its own commands, savepoints among them, by
+``_exec_command``, keeps how many of its own blocks are open in ``_num_transactions``, and changes a setting by
+generators that another connection's ``wait`` may run.
 """
 
 from __future__ import annotations
@@ -307,12 +308,13 @@ class Box:
 
     def _holders(self) -> set[threading.Thread]:
         """The threads whose turn it is: not those that have ended, nor of those whose connections were collected."""
-        turns = self._turns - Counter(lent.thread for lent in self._lent if lent.is_lost)
-        return {thread for thread in turns if thread.is_alive()}
+        turns = self._turns.copy()
+        turns.subtract(lent.thread for lent in self._lent if lent.is_lost)
+        return {thread for thread, count in turns.items() if count > 0 and thread.is_alive()}
 
     def _end_turn(self, thread: threading.Thread, lent: Lent | None = None) -> None:
         with self._changed:
-            self._turns -= Counter([thread])
+            self._turns[thread] -= 1
             self._lent.discard(lent)
             self._changed.notify_all()
 
