@@ -150,12 +150,13 @@ class Box:
 
     def _holders(self) -> set[threading.Thread]:
         """The threads whose turn it is: not those that have ended, nor of those whose connections were collected."""
-        turns = self._turns - Counter(lent.thread for lent in self._lent if lent.is_lost)
-        return {thread for thread in turns if thread.is_alive()}
+        turns = self._turns.copy()
+        turns.subtract(lent.thread for lent in self._lent if lent.is_lost)
+        return {thread for thread, count in turns.items() if count > 0 and thread.is_alive()}
 
     def _end_turn(self, thread: threading.Thread, lent: Lent | None = None) -> None:
         with self._changed:
-            self._turns -= Counter([thread])
+            self._turns[thread] -= 1
             self._lent.discard(lent)
             self._changed.notify_all()
 

@@ -219,6 +219,33 @@ def test_a_connection_begins_in_a_method_of_its_own(
     assert connection.pgconn.transaction_status == pq.TransactionStatus.IDLE
 
 
+def test_a_connection_sends_its_own_savepoints_by_a_method(
+    connection: DriverConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a sandbox sends those that it has in their place."""
+    sent: list[bytes] = []
+    send = DriverConnection._exec_command
+
+    def exec_command(self: DriverConnection, command: bytes, *args: Any) -> Iterator[Any]:
+        sent.append(command)
+        return (yield from send(self, command, *args))  # type: ignore[misc]  # psycopg's types
+
+    monkeypatch.setattr(DriverConnection, "_exec_command", exec_command)
+    with connection.transaction(), pytest.raises(ZeroDivisionError):
+        with connection.transaction():
+            pass
+        with connection.transaction():
+            1 / 0  # noqa: B018
+    marks = [command for command in sent if command.split()[0] not in (b"BEGIN", b"COMMIT")]
+    assert marks == [
+        b'SAVEPOINT "_pg3_2"',
+        b'RELEASE "_pg3_2"',
+        b'SAVEPOINT "_pg3_2"',
+        b'ROLLBACK TO "_pg3_2"',
+        b'RELEASE "_pg3_2"',
+    ]
+
+
 def test_a_connection_counts_its_own_blocks(connection: DriverConnection) -> None:
     """In an attribute: a statement that stands by itself ends with them."""
     assert connection._num_transactions == 0
