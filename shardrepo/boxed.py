@@ -508,6 +508,7 @@ class BoxedConnection(DriverConnection):
         """Close, as any other would, after the server has stopped what it does: the sandbox's own stays open."""
         if self.pgconn.transaction_status == _STATUS.ACTIVE:
             try:
+                # Before libpq 17 this waits for the server however long that says nothing, and holds the interpreter.
                 self.cancel_safe(timeout=_ENDING)
                 until(monotonic() + _ENDING, exchange, self.pgconn.socket)
             except NoAnswer:

@@ -26,7 +26,6 @@ from shardrepo.testing.servers import Server, Servers
 
 from ..conftest import TEMPLATE, await_, await_connections, books_balance, connections_of, contents, run_sql
 from ..models import Post, Tag, User
-from ..proxy import Proxy
 
 pytestmark = pytest.mark.testing
 
@@ -293,23 +292,6 @@ def test_a_timeout_is_not_the_end_of_it(repo: type[Repo]) -> None:
             repo.insert(Tag(label="lost"))
             repo.execute("SELECT pg_sleep(30)")
         assert repo.all(select(Tag.label)) == ["kept"]
-
-
-def test_a_server_that_says_nothing_any_more(make_repo: Make, names: tuple[str, str], proxy: Proxy) -> None:
-    """A call ends when its time is over, or soon after, and so does the sandbox, whose connection is lost."""
-    repo = make_repo(names[0], proxy, connect_timeout=0.5)
-    with pytest.raises(SandboxError, match="its connection was lost"), repo.sandbox():
-        repo.insert(Tag(label="gone"))
-        proxy.deafen()
-        with pytest.raises(OperationalError), repo.call_options(timeout=0.1):
-            repo.count(Tag)
-    proxy.restore()
-    with repo.sandbox():
-        repo.insert(Tag(label="gone"))
-        proxy.deafen()
-    proxy.restore()
-    assert repo.count(Tag) == 0
-    assert books_balance(repo)
 
 
 def test_what_a_borrower_leaves_behind(repo: type[Repo]) -> None:

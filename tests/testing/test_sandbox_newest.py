@@ -1,15 +1,20 @@
-"""A thousand tests, each over twenty databases. Once is enough: not marked as what other versions run, too."""
+"""What takes long, and what takes a libpq that asks a server to stop without waiting for its answer: not marked as what
+other versions run, too."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
 
-from shardrepo import Repo
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from shardrepo import Repo, SandboxError
 from shardrepo.testing.servers import Server
 
-from ..conftest import await_connections, contents
+from ..conftest import await_connections, books_balance, contents
 from ..models import Tag
+from ..proxy import Proxy
 from .test_sandbox import name_of, states_of
 
 
@@ -39,3 +44,20 @@ def test_a_thousand_sandboxes_over_twenty_databases(
     assert len(gc.get_objects()) - objects < 1000  # one per sandbox would be as many
     assert (repo.stats().attempts, repo.stats().in_use) == (20, 0)
     assert all(contents(server, name) == [] for name in twenty)
+
+
+def test_a_server_that_says_nothing_any_more(make_repo: Callable[..., type[Repo]], database: str, proxy: Proxy) -> None:
+    """A call ends when its time is over, or soon after, and so does the sandbox, whose connection is lost."""
+    repo = make_repo(database, proxy, connect_timeout=0.5)
+    with pytest.raises(SandboxError, match="its connection was lost"), repo.sandbox():
+        repo.insert(Tag(label="gone"))
+        proxy.deafen()
+        with pytest.raises(OperationalError), repo.call_options(timeout=0.1):
+            repo.count(Tag)
+    proxy.restore()
+    with repo.sandbox():
+        repo.insert(Tag(label="gone"))
+        proxy.deafen()
+    proxy.restore()
+    assert repo.count(Tag) == 0
+    assert books_balance(repo)
