@@ -2,8 +2,8 @@
 
 The test writes a row into each of ten tables, by one statement, and counts them. The reference then sends one TRUNCATE
 of all ten, as test suites do: its server makes a new file for each table and index, and waits for none of them to be on
-a disk. Of the sandbox it is the beginning and the ROLLBACK. Then a test that writes a row by `insert` into each of
-twenty databases, all of which are rolled back at its end.
+a disk. Each has a database of its own: after a TRUNCATE every session there has to look at its tables anew. Then a test
+that writes a row by `insert` into each of twenty databases, all of which are rolled back at its end.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ _EMPTY = text(f"TRUNCATE {', '.join(_TABLES)}")
 def run(ground: Ground) -> Iterator[Figure]:
     with ground.databases(_DATABASES) as names:
         repo = ground.repo(names[0], pool_size=_DATABASES)
-        repo.execute(_CREATE)
+        for name in names[:2]:
+            with repo.using(name):
+                repo.execute(_CREATE)
 
         def test() -> None:
             repo.execute(_FILL, {"name": "Ada"})
@@ -46,8 +48,9 @@ def run(ground: Ground) -> Iterator[Figure]:
                 test()
 
         def truncated() -> None:
-            test()
-            repo.execute(_EMPTY)
+            with repo.using(names[1]):
+                test()
+                repo.execute(_EMPTY)
 
         def many() -> None:
             with repo.sandbox():
