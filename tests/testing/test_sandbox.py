@@ -146,11 +146,11 @@ def test_a_transaction(repo: type[Repo]) -> None:
 def test_a_failure_dooms_a_transaction(repo: type[Repo]) -> None:
     """As it does without a sandbox; what had been written before it stays."""
     with repo.sandbox():
-        repo.insert(Tag(id=1, label="before"))
+        repo.insert(Tag(id=1_000_000, label="before"))
         with pytest.raises(TransactionDoomedError), repo.transaction():
             repo.insert(Tag(label="lost"))
             with pytest.raises(ConstraintError):
-                repo.insert(Tag(id=1, label="again"))
+                repo.insert(Tag(id=1_000_000, label="again"))
             repo.count(Tag)
         assert repo.all(select(Tag.label)) == ["before"]
 
@@ -160,11 +160,11 @@ def test_a_failing_statement_spoils_nothing(repo: type[Repo], way: str) -> None:
     """Whatever way it is sent, the next one runs, and what had been written is there."""
     wrong = text("SELECT nothing FROM tags")
     with repo.sandbox():
-        repo.insert(Tag(id=1, label="before"))
+        repo.insert(Tag(id=1_000_000, label="before"))
         with pytest.raises(DBAPIError):
             match way:
                 case "a verb":
-                    repo.insert(Tag(id=1, label="again"))
+                    repo.insert(Tag(id=1_000_000, label="again"))
                 case "execute":
                     repo.execute(wrong)
                 case "a session":
@@ -179,7 +179,7 @@ def test_a_failing_statement_spoils_nothing(repo: type[Repo], way: str) -> None:
                             connection.execute(wrong)
                         connection.execute(text("INSERT INTO tags (label) VALUES ('in the block')"))
                         connection.execute(wrong)
-        found = repo.all(select(Tag.label).order_by(Tag.id))
+        found = repo.all(select(Tag.label).order_by(Tag.label))
         assert found == (["before", "in the block"] if way == "a connection" else ["before"])
 
 
@@ -515,7 +515,7 @@ def test_unboxed(repo: type[Repo], names: tuple[str, str], server: Server) -> No
         with sandbox.unboxed(names[1]):
             repo.execute("VACUUM tags")
             with repo.transaction():
-                repo.insert(Tag(id=1, label="stays"))
+                repo.insert(Tag(id=1_000_000, label="stays"))
             assert [row[0] for row in contents(server, names[1])] == ["tags"]
             with repo.using(names[0]):
                 repo.insert(Tag(label="undone"))
@@ -529,7 +529,7 @@ def test_unboxed(repo: type[Repo], names: tuple[str, str], server: Server) -> No
 def test_unboxed_in_a_transaction(repo: type[Repo], names: tuple[str, str], server: Server) -> None:
     """It is outside of the one that is open; without a database it is the current one."""
     with repo.sandbox() as sandbox, repo.transaction():
-        repo.insert(Tag(id=1, label="undone"))
+        repo.insert(Tag(id=1_000_000, label="undone"))
         with sandbox.unboxed():
             assert not repo.in_transaction()
             assert repo.count(Tag) == 0
