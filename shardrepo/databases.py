@@ -98,7 +98,7 @@ class Databases:
             self.sandboxes,
             self.resolve,
             self.config.maintenance_database,
-            homes=None if named is None else frozenset(self.resolve(choose(each, {})).home for each in named),
+            addresses=None if named is None else frozenset(self.resolve(choose(each, {})).address for each in named),
             shared=checked_flag("shared")(shared),
             check_deferred=checked_flag("check_deferred")(check_deferred),
         )

@@ -152,7 +152,7 @@ class Member:
 
     Attributes:
         sandbox: Which.
-        unboxed: The homes that are left alone where it runs.
+        unboxed: The addresses that are left alone where it runs.
     """
 
     sandbox: Sandbox
@@ -173,7 +173,7 @@ class Sandbox:
         resolve: Callable[[Choice | None], Database],
         maintenance_database: str,
         *,
-        homes: frozenset[str] | None,
+        addresses: frozenset[str] | None,
         shared: bool,
         check_deferred: bool,
     ) -> None:
@@ -181,7 +181,8 @@ class Sandbox:
         self._sandboxes = sandboxes
         self._resolve = resolve
         self._maintenance_database = maintenance_database
-        self._homes = homes
+        # Addresses, here and below: what a directory gives one home may be in two places, one after the other.
+        self._addresses = addresses
         self._check_deferred = check_deferred
         self._pid = os.getpid()
         self.is_over = False
@@ -294,10 +295,10 @@ class Sandbox:
         context = self._sandboxes.context
         chosen = choose(choice, options) if choice is not None or options else context.choice
         database = self._resolve(chosen)
-        homes = {database.home, database.neighbour(self._maintenance_database).home}
+        addresses = {database.address, database.neighbour(self._maintenance_database).address}
         before = context.membership.get()
         with context.detached(), context.using(chosen):
-            context.membership.set(Member(self, self.member().unboxed | homes))
+            context.membership.set(Member(self, self.member().unboxed | addresses))
             try:
                 yield
             finally:
@@ -334,32 +335,32 @@ class Sandbox:
             return None
         if pool.kind is not Kind.TRANSIENT:
             self.admit(database)
-        elif database.name == self._maintenance_database and database.home not in self._boxes:
+        elif database.name == self._maintenance_database and database.address not in self._boxes:
             # A question to a server, as of a directory. What would change anything there is refused before.
             return None
-        return self._box(database.home).lend(pool)
+        return self._box(database.address).lend(pool)
 
     def admit(self, database: Database) -> None:
         """Have *database* be one of its, unless it is left alone here; `SandboxError` if it is over others."""
         if self._leaves(database):
             return
-        if self._homes is not None and database.home not in self._homes:
+        if self._addresses is not None and database.address not in self._addresses:
             raise SandboxError(
-                f"{database.home} is none of the databases of this sandbox, {', '.join(sorted(self._homes))}: name it "
-                "among them, or choose another one"
+                f"{database.address} is none of the databases of this sandbox, {', '.join(sorted(self._addresses))}: "
+                "name it among them, or choose another one"
             )
-        self._box(database.home)
+        self._box(database.address)
 
     def _leaves(self, database: Database) -> bool:
-        return database.home in self.member().unboxed
+        return database.address in self.member().unboxed
 
-    def _box(self, home: str) -> Box:
+    def _box(self, address: str) -> Box:
         from .box import Box  # here, so that `import shardrepo` loads no driver
 
         with self._lock:
-            box = self._boxes.get(home)
+            box = self._boxes.get(address)
             if box is None:
-                box = self._boxes[home] = Box(self, self.check_usable, self._check_deferred)
+                box = self._boxes[address] = Box(self, self.check_usable, self._check_deferred)
             return box
 
     def _roll_back(self) -> list[str]:

@@ -16,6 +16,7 @@ from shardrepo import (
     AuthenticationError,
     ConfigError,
     ConstraintError,
+    Database,
     Repo,
     RepoDisposedError,
     SandboxError,
@@ -609,6 +610,35 @@ def test_on_several_servers(servers: Servers, make_repo: Make) -> None:
     repo.dispose()
     for server in servers[:2]:
         server.drop_database("boxed_twice")
+
+
+def test_two_databases_of_one_id(servers: Servers, make_repo: Make) -> None:
+    """What a directory calls alike, as a tenant that has moved in between, is told apart by where it is."""
+    for server in servers[:2]:
+        server.create_database("boxed_moved", template=TEMPLATE)
+    before, after = (
+        Database(server.host, server.port, "boxed_moved", server.username, (), server.password, "tenant 1")
+        for server in servers[:2]
+    )
+    repo = make_repo()
+    with repo.sandbox([after]) as sandbox:
+        with repo.using(after):
+            repo.insert(Tag(label="there"))
+        with repo.using(before), pytest.raises(SandboxError, match="none of the databases"):
+            repo.count(Tag)
+        with sandbox.unboxed(before):
+            assert repo.count(Tag) == 0
+            with repo.using(after):
+                assert repo.count(Tag) == 1
+    with repo.sandbox() as sandbox:
+        with repo.using(before):
+            repo.insert(Tag(label="here"))
+        with repo.using(after):
+            assert repo.count(Tag) == 0
+        assert [database.port for database in sandbox.databases] == [before.port, after.port]
+    repo.dispose()
+    for server in servers[:2]:
+        server.drop_database("boxed_moved")
 
 
 def test_only_the_databases_that_are_named(repo: type[Repo], names: tuple[str, str]) -> None:
