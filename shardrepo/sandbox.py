@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -246,6 +246,8 @@ class Sandbox:
             ConfigError: It is neither, or an executor of processes: those are in no sandbox. Or an executor that
                 another sandbox has allowed.
         """
+        from concurrent.futures import ProcessPoolExecutor  # here, as it loads all of multiprocessing
+
         self.check_usable()
         if isinstance(other, threading.Thread):
             self._sandboxes.join(other, self)

@@ -59,7 +59,18 @@ OWNERS = {
     "factory": {"testing"},
 }
 
-LATER = ("alembic", "pytest", "typer", "rich", "matplotlib", "hypothesis", "factory", "psycopg", "psycopg_binary")
+LATER = (
+    "alembic",
+    "pytest",
+    "typer",
+    "rich",
+    "matplotlib",
+    "hypothesis",
+    "factory",
+    "psycopg",
+    "psycopg_binary",
+    "multiprocessing",
+)
 
 
 def sources() -> dict[str, list[Path]]:
