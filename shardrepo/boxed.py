@@ -104,6 +104,12 @@ class Outer:
         """Whether a statement has failed in it, so that the server refuses all others."""
         return self.real.pgconn.transaction_status == _STATUS.INERROR
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether an exchange with the server is under way: a COPY, a pipeline, or rows that come one by one."""
+        pgconn = self.real.pgconn
+        return pgconn.transaction_status == _STATUS.ACTIVE or bool(pgconn.pipeline_status)
+
     def send(self, sql: str = "") -> None:
         """Send what was put off, and *sql*, on the connection, whatever time its borrower has left."""
         if self._due or sql:
@@ -141,9 +147,7 @@ class Outer:
 
     def check_free(self, connection: BoxedConnection | None = None) -> None:
         """Raise `SandboxError` if anybody but *connection* is in the middle of an exchange with the server."""
-        pgconn = self.real.pgconn
-        is_busy = pgconn.transaction_status == _STATUS.ACTIVE or pgconn.pipeline_status
-        if is_busy and (connection is None or self.busy is not connection):
+        if self.is_busy and (connection is None or self.busy is not connection):
             raise SandboxError(
                 f"a COPY, a pipeline or a stream of the driver's is under way on {self.real.database.home}, of which a "
                 "sandbox has one connection: end that first, or collect before it what is needed in it"
@@ -274,7 +278,7 @@ class BoxedConnection(DriverConnection):
         self._check_open()
         self.outer.check_free(self)
         self._settle()
-        if not self._is_busy:
+        if not self.outer.is_busy:
             if self._stands_by_itself and not self._is_open and self.does != "marking":
                 self._begin()
             elif self._stands_by_itself or self._is_open:
@@ -324,11 +328,6 @@ class BoxedConnection(DriverConnection):
             super().wait(self.outer.exchange(sql))
 
     @property
-    def _is_busy(self) -> bool:
-        """Whether it is in the middle of an exchange: of a COPY, a pipeline, or rows that come one by one."""
-        return self.pgconn.transaction_status == _STATUS.ACTIVE or bool(self.pgconn.pipeline_status)
-
-    @property
     def _is_open(self) -> bool:
         """Whether a transaction is open, and there."""
         return self.level is not None and not self.level.is_gone
@@ -346,13 +345,13 @@ class BoxedConnection(DriverConnection):
     def _settle(self) -> None:
         """See what an exchange with the server has come to; a statement that stands by itself is over then."""
         # psycopg leaves its pipelines without asking for anything, so that one may be over since.
-        if not self._is_busy:
+        if not self.outer.is_busy:
             self.outer.busy = None
         elif self.outer.busy is None:
             self.outer.busy = self
         if self.does == "writing" and (innermost := self._innermost) is not None:
             self.outer.levels.write(innermost)
-        if self.closed or self._is_busy:
+        if self.closed or self.outer.is_busy:
             return
         if self.pgconn.transaction_status == _STATUS.IDLE and self.outer.is_begun:
             self.level = None
@@ -383,7 +382,7 @@ class BoxedConnection(DriverConnection):
 
     def mark(self, query: str) -> bool:
         """Do what *query* says of a savepoint of its own; False if it says nothing of one."""
-        if self._is_busy or not _MARKS.fullmatch(query):
+        if self.outer.is_busy or not _MARKS.fullmatch(query):
             return False
         self._check_open()
         self._check_time()

@@ -225,13 +225,29 @@ class ConnectionCache:
         for key in self._keys_of(database.home):
             perform(self.ledger, self.ledger.discard(key))
 
+    def confine(self, check: Callable[[Database], object]) -> None:
+        """Have *check* refuse databases, by raising: those that there are engines of, and each that one is made of."""
+        for database in self._in_use():
+            check(database)
+        configure = self._configure
+
+        def checked(engine: Engine, database: Database) -> None:
+            check(database)
+            if configure is not None:
+                configure(engine, database)
+
+        self._configure = checked
+
     def _keys_of(self, home: str) -> set[str]:
         """By what the books know the connections to a database: one key for each user and password."""
-        # A connection keeps its engine alive. One call makes the list: a finaliser may add to them meanwhile.
+        return {database.key for database in self._in_use() if database.home == home}
+
+    def _in_use(self) -> list[Database]:
+        """Those that there are engines of: a connection keeps its engine alive."""
+        # One call makes the list: a finaliser may add to them meanwhile.
         with self._lock:
             engines = [reference() for reference in self._alive.valuerefs()]
-        databases = (engine.pool.database for engine in engines if engine is not None)  # type: ignore[attr-defined]  # a LedgerPool
-        return {database.key for database in databases if database.home == home}
+        return [engine.pool.database for engine in engines if engine is not None]  # type: ignore[attr-defined]  # a LedgerPool
 
     def disconnect_all(self) -> None:
         """`disconnect`, for every database."""

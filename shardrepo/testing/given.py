@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final
-
-from sqlalchemy.engine import Engine
 
 from ..database import Database, Secret, database_from
 from ..errors import ConfigError, ConnectError
@@ -72,20 +70,4 @@ def confine(repo: type[Repo], servers: Iterable[ServerAt]) -> None:
     address = databases.config.address
     if "host" in address:
         check(database_from({"database": "postgres", **address}))
-    cache = repo._router.cache
-    for engine in cache._alive.values():
-        check(engine.pool.database)  # type: ignore[attr-defined]  # a LedgerPool
-    cache._configure = _before(check, cache._configure)
-
-
-def _before(
-    check: Callable[[Database], None], configure: Callable[[Engine, Database], object] | None
-) -> Callable[[Engine, Database], None]:
-    """What is called with each engine that is made, before anything connects: *check*, then *configure*."""
-
-    def checked(engine: Engine, database: Database) -> None:
-        check(database)
-        if configure is not None:
-            configure(engine, database)
-
-    return checked
+    repo._router.cache.confine(check)
