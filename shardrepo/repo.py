@@ -808,7 +808,8 @@ class Repo:
             check_deferred: Check deferred constraints where a transaction ends, as a COMMIT would.
 
         Raises:
-            ConfigError: An argument is impossible, or a block is open that this cannot begin in.
+            ConfigError: An argument is impossible; or a block is open that this cannot begin in, or a connection that
+                what is written on would stay.
             SandboxError: At the end: a connection is still in use, or something cannot have been undone.
         """
         return cls._router.databases.sandbox(databases, shared=shared, check_deferred=check_deferred)

@@ -2,6 +2,7 @@
 
 None of them knows a repo, chooses a database or begins a transaction: a session of the right database
 comes in, and the flush is left to it. Each says whether it has written the object, or that it is as it should be.
+Leans on where a mapped class has its listeners (``tests/test_private_api.py``).
 """
 
 from __future__ import annotations

@@ -624,6 +624,23 @@ def test_a_criterion_keeps_the_object_that_it_asks_by(engine: Engine) -> None:
     assert len(uncached.compiled.binds) == 2
 
 
+def test_a_class_has_its_listeners_in_its_manager() -> None:
+    """Where an upsert tells them that an object was refreshed, as a session does."""
+    told: list[Any] = []
+    user = User(name="Ada")
+
+    def listen(target: object, _: object, names: object) -> None:
+        told.append((target, names))
+
+    event.listen(User, "refresh", listen)
+    try:
+        state = instance_state(user)
+        state.manager.dispatch.refresh(state, None, {"name"})
+    finally:
+        event.remove(User, "refresh", listen)
+    assert told == [(user, {"name"})]
+
+
 def test_a_frozen_result_comes_in_by_merge(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """`Session._merge` is called with the state of each of its objects, and by `merge` (session)."""
     merged: list[Any] = []
