@@ -55,7 +55,7 @@ class Box:
         self._turns: Counter[threading.Thread] = Counter()
         self._lent: set[Lent] = set()
         self._is_over = False
-        # The holder's: whether SQL of the users' own has run since it was tidied.
+        # The holder's: whether SQL of the users' own has run, of what it left nothing was undone yet.
         self._is_untidy = False
 
     def lend(self, pool: LedgerPool) -> Lent:
@@ -69,6 +69,9 @@ class Box:
         self._take_turn(thread, pool, site)
         try:
             record, outer = self._opened(pool)
+            if self._is_untidy and not self._lent:
+                outer.tidy()
+                self._is_untidy = False
             with self._changed:
                 if self._is_over:
                     self._check_usable()
@@ -80,15 +83,11 @@ class Box:
         return lent
 
     def take_back(self, lent: Lent) -> None:
-        """Roll back what its borrower left open, and undo what SQL has set; then it is the next one's turn."""
+        """Roll back what its borrower left open; then it is the next one's turn."""
         if lent not in self._lent:
             return
-        outer = lent.boxed.outer
         try:
             self._leave(lent)
-            if self._is_untidy and len(self._lent) == 1 and not outer.is_lost:
-                outer.tidy()
-                self._is_untidy = False
         finally:
             # Who has it still, detached or the driver's own, would be on a connection that is somebody else's by then.
             lent.boxed.abandon()
@@ -105,7 +104,7 @@ class Box:
         with suppress(psycopg.Error, SandboxError):  # it is closed then
             self._take_back_lost()
         if not self._lent and not outer.is_lost:
-            outer.start_rollback()
+            outer.start_rollback(tidy=self._is_untidy)
 
     def end(self) -> list[str]:
         """Return the connection to the cache once all is rolled back; what was not as it should be."""
@@ -127,8 +126,8 @@ class Box:
                 record.invalidate()
             else:
                 problems += outer.finish_rollback()
-                # All that was set in it was set in the transaction, or reset when it was returned.
-                record.vouched = not self._is_untidy
+                # All that was set in it was set in the transaction, and what outlives that was reset with it.
+                record.vouched = not problems
         finally:
             record.give_back()
         return [f"{self.database.home}: {problem}" for problem in problems]
@@ -150,9 +149,8 @@ class Box:
 
     def _holders(self) -> set[threading.Thread]:
         """The threads whose turn it is: not those that have ended, nor of those whose connections were collected."""
-        turns = self._turns.copy()
-        turns.subtract(lent.thread for lent in self._lent if lent.is_lost)
-        return {thread for thread, count in turns.items() if count > 0 and thread.is_alive()}
+        lost = [lent.thread for lent in self._lent if lent.is_lost]
+        return {thread for thread, count in self._turns.items() if count > lost.count(thread) and thread.is_alive()}
 
     def _end_turn(self, thread: threading.Thread, lent: Lent | None = None) -> None:
         with self._changed:

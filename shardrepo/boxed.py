@@ -37,6 +37,9 @@ _ENDING: Final = 5.0
 _BEGIN: Final = "BEGIN; SAVEPOINT shardrepo_begun"
 _END: Final = "ROLLBACK TO shardrepo_begun; ROLLBACK"
 
+# What of `RESET` a rollback does not do.
+_OUTLIVES: Final = "SELECT pg_advisory_unlock_all(); DISCARD SEQUENCES"
+
 # Fires what deferred constraints have to say, and has them wait as before.
 _CHECK: Final = (
     "SAVEPOINT shardrepo_check; SET CONSTRAINTS ALL IMMEDIATE; ROLLBACK TO shardrepo_check; RELEASE shardrepo_check"
@@ -128,7 +131,8 @@ class Outer:
             yield from _exchange(self.real.pgconn, self.with_due(sql))
         except psycopg.errors.InvalidSavepointSpecification as error:
             self.was_ended()
-            self._due = f"ROLLBACK; {_BEGIN}"
+            # What was put off has not come to pass, and what undoes a borrower's settings may be of it.
+            self._due = f"ROLLBACK; {RESET}; {_BEGIN}"
             raise SandboxError(self._ended_by_hand[-1]) from error
 
     @property
@@ -196,16 +200,23 @@ class Outer:
         self._due, self.is_begun = _BEGIN, False
 
     def tidy(self) -> None:
-        """Undo what a borrower has set in the session, now that nobody has it."""
-        self.send(RESET)
+        """Undo what a borrower has set in the session, before the next one's first statement."""
+        self.put_off(RESET)
         self.real.restore()
 
-    def start_rollback(self) -> None:
-        """Send what undoes all of it. Others may be sent theirs before the answer is waited for."""
+    def start_rollback(self, *, tidy: bool) -> None:
+        """Send what undoes all of it. Others may be sent theirs before the answer is waited for.
+
+        Args:
+            tidy: Whether a borrower may have left what outlives a transaction, such as a lock of the session.
+        """
+        if tidy:
+            self.tidy()
         if self.is_begun:
+            sql = f"{_END}; {_OUTLIVES}" if RESET in self._due else _END
             self._due = ""
             with suppress(psycopg.Error):  # a server that is gone has rolled back
-                self.real.pgconn.send_query(_END.encode())
+                self.real.pgconn.send_query(sql.encode())
 
     def finish_rollback(self) -> Sequence[str]:
         """Wait until all of it is undone, and let go of the connection; returns the problems that show only then."""
@@ -216,7 +227,7 @@ class Outer:
         except (psycopg.errors.NoActiveSqlTransaction, psycopg.errors.InvalidSavepointSpecification):
             self.was_ended("past the driver")
         except psycopg.Error:
-            pass  # as above, and so does who closes the connection
+            self.real.close()  # which rolls back too
         self.real.limit(None)
         self.real.pgconn.notice_handler, self.real.pgconn.notify_handler = self._handlers
         return self._ended_by_hand[known:]

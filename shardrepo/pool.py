@@ -18,7 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.pool import Pool
 from sqlalchemy.pool.base import _ConnectionRecord
 
 from .breaker import Outage, Verdict
@@ -224,11 +224,11 @@ class LedgerPool(Pool):
         # Set by the cache: an engine lives as long as one of its connections does.
         self.engine: Engine | None = None
 
-    def _do_get(self) -> ConnectionPoolEntry:
+    def _do_get(self, aside: Kind | None = None) -> CachedConnection:
         begun = monotonic() if self.listeners.checkout else None
-        if self._lending.instead is not None and (lent := self._lending.instead(self)) is not None:
+        if self._lending.instead is not None and aside is None and (lent := self._lending.instead(self)) is not None:
             return self._told(lent, begun)
-        grant = self.ledger.acquire(self._key, self.kind, self._server)
+        grant = self.ledger.acquire(self._key, aside or self.kind, self._server)
         if isinstance(grant, Wait):
             grant = self._await(grant)
         record = grant.connection
@@ -266,7 +266,7 @@ class LedgerPool(Pool):
                 raise
             perform(self.ledger, self.ledger.found_dead(grant))
             self._end(grant)
-            again = self.ledger.acquire(self._key, self.kind, self._server)
+            again = self.ledger.acquire(self._key, grant.kind, self._server)
             grant = self._await(again) if isinstance(again, Wait) else again
 
     def _do_return_conn(self, record: CachedConnection) -> None:  # type: ignore[override]  # what _do_get gave
@@ -424,18 +424,11 @@ class LedgerPool(Pool):
             database=self.database,
         )
 
-    def recreate(self) -> LedgerPool:
-        return self._like(self.kind, self._lending)
-
     def take_aside(self, kind: Kind) -> CachedConnection:
         """Take a connection from the books for something else than this pool's are for, whatever lends instead."""
-        pool = self._like(kind, Lending())
-        pool.engine = self.engine
-        record = pool._do_get()
-        assert isinstance(record, CachedConnection)
-        return record
+        return self._do_get(kind)
 
-    def _like(self, kind: Kind, lending: Lending) -> LedgerPool:
+    def recreate(self) -> LedgerPool:
         return LedgerPool(
             self._creator,
             self.ledger,
@@ -443,8 +436,8 @@ class LedgerPool(Pool):
             self.settings,
             self._attend,
             self.listeners,
-            lending,
-            kind,
+            self._lending,
+            self.kind,
             echo=self.echo,
             logging_name=self._orig_logging_name,
             dialect=self._dialect,

@@ -62,8 +62,9 @@ class Sandboxes:
 
     def check_apart(self, sandbox: Sandbox) -> None:
         """Raise `ConfigError` if who would belong to *sandbox* has a connection already: it leads to the database."""
-        if self._outside(sandbox):
-            gc.collect()
+        if not self._outside(sandbox):
+            return
+        gc.collect()
         if held := self._outside(sandbox):
             homes = {entry.connection.pool.database.home for entry in held if entry.connection is not None}
             raise ConfigError(

@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from shardrepo import Repo, SandboxError
 from shardrepo.testing.servers import Server
+from shardrepo.testing.statements import count_statements
 
 from ..conftest import contents, run_sql
 from ..models import Tag
@@ -142,6 +143,42 @@ def test_a_lock_of_a_session_that_was_forgotten(repo: type[Repo], server: Server
         gc.collect()
     locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
     assert run_sql(server, "postgres", locks) == [(0,)]
+
+
+def test_what_a_borrower_left_goes_with_what_is_sent_next(repo: type[Repo], server: Server, database: str) -> None:
+    """It takes no message of its own: a test's two statements are two, with one before, one between and one after."""
+    with repo.using(database):
+        repo.execute("SELECT 0")  # what SQLAlchemy asks a server first
+        with count_statements(server, database=database) as counted, repo.sandbox():
+            repo.execute("SELECT 1")
+            repo.execute("SELECT 2")
+    messages = [one.sql for one in counted]
+    assert messages[1::2] == ["SELECT 1", "SELECT 2"]
+    assert ["RESET ALL" in message for message in messages[::2]] == [False, True, False]
+
+
+@pytest.mark.parametrize("next_one", ["nobody", "who sends nothing", "who sends something"])
+def test_a_lock_of_a_session_is_gone_with_the_sandbox(repo: type[Repo], server: Server, next_one: str) -> None:
+    with repo.sandbox():
+        repo.execute("SELECT pg_advisory_lock(7)")
+        if next_one != "nobody":
+            with repo.connection() as connection:
+                if next_one == "who sends something":
+                    connection.execute(text("SELECT pg_advisory_lock(8)"))
+    assert run_sql(server, "postgres", "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == [(0,)]
+
+
+def test_a_setting_is_gone_though_the_transaction_was_ended(repo: type[Repo]) -> None:
+    """By hand, after it was set: neither who is next in the sandbox has it, nor who is next on the connection."""
+    with pytest.raises(SandboxError, match="was left"), repo.sandbox():
+        with repo.engine().connect() as connection:
+            connection.execute(text("SET statement_timeout = 77000"))
+            driver_of(connection).execute("COMMIT; BEGIN")
+        with pytest.raises(SandboxError, match="ended by hand"):
+            repo.count(Tag)
+        assert repo.execute("SHOW statement_timeout").scalar_one() == "0"
+    assert repo.execute("SHOW statement_timeout").scalar_one() == "0"
+    assert repo.stats().misses == 1
 
 
 def test_settings_of_the_driver(repo: type[Repo]) -> None:
