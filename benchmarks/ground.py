@@ -110,14 +110,14 @@ def roomy_memory(databases: int) -> Path | None:
 
 
 @contextmanager
-def ground(*, log_statements: bool = False) -> Iterator[Ground]:
+def ground(*, log_statements: bool = False, directory: Path | None = None) -> Iterator[Ground]:
     """Start the server and fill the template.
 
     Raises:
         MissingError: There is no PostgreSQL, or it does not start.
     """
     try:
-        servers = start_servers(1, log_statements=log_statements)
+        servers = start_servers(1, log_statements=log_statements, directory=directory)
     except ServerStartError as error:
         raise MissingError(f"servers: {error}") from error
     with servers:
