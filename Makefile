@@ -40,7 +40,7 @@ types: $(VENV)/test.installed $(VENV)/types.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/test.installed $(VENV)/bench.installed
-	$(BIN)/python -m benchmarks --write $(ARGS)
+	SHARDREPO_LONG=1 $(BIN)/python -m benchmarks --write $(ARGS)
 
 # The load while everything fails: make soak ARGS='--minutes 30'
 soak: $(VENV)/test.installed

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import linear_regression
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Final
 
@@ -98,8 +97,9 @@ TABLE: Final = (
 
 def run(_: Ground) -> Iterator[Figure | Skipped]:
     largest = _LARGE if _LONG else _SIZES[-1]
-    with TemporaryDirectory() as folder, start_servers(3, directory=roomy_memory(largest + _LOOP + _MADE)) as servers:
-        project = _Project(Path(folder), servers)
+    with start_servers(3, directory=roomy_memory(largest + _LOOP + _MADE)) as servers:
+        # Beside the servers' files, which are removed even when this process is killed.
+        project = _Project(servers.directory / "project", servers)
         fleet = {size: project.measured(size) for size in _SIZES[:-1]}
         size = _SIZES[-1]
         project.make_databases(size)
@@ -169,6 +169,7 @@ class _Project:
     """A user's project, its databases, and those of the loop."""
 
     def __init__(self, root: Path, servers: Sequence[Server]) -> None:
+        root.mkdir()
         self._root = root
         self._servers = servers
         addresses = [{"host": server.host, "port": server.port} for server in servers]
