@@ -79,7 +79,8 @@ def main() -> None:
         results, about = measured(names)
         print(as_json(results, about) if arguments.json else "\n".join(as_table(results)))
         if arguments.write:
-            write(as_page(results, about) + soak.kept_section(), results)
+            before = FIGURES.read_text(encoding="utf-8") if FIGURES.exists() else ""
+            write(as_page(results, about, before) + soak.kept_section(before), results)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(128 + SIGINT)

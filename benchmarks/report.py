@@ -35,6 +35,9 @@ machine and this day; the ratios are what to compare.
 
 """
 
+_TO_REACH = """What is aimed at, out of all that follows. That no row is one of another database, whatever fails, is the
+last table, under [soak](#soak)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Section:
@@ -109,9 +112,10 @@ def as_table(results: Results) -> Iterator[str]:
                 yield f"  {what:<64} {value:<36} {goal}".rstrip()
 
 
-def as_page(results: Results, about: Mapping[str, str]) -> str:
-    """The page docs/figures.md."""
+def as_page(results: Results, about: Mapping[str, str], before: str = "") -> str:
+    """The page docs/figures.md; *before* is what it said until now."""
     page = _HEAD + "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in about.items())
+    page += _to_reach(results, before)
     for name, section in results.items():
         page += f"\n## {name}\n\n{section.about.strip()}\n"
         for picture in section.only(Picture):
@@ -121,6 +125,31 @@ def as_page(results: Results, about: Mapping[str, str]) -> str:
         if lines := [line for line in section.lines if isinstance(line, Figure | Skipped)]:
             page += "\n" + _as_markdown(("", "measured", "to reach"), map(_cells, lines))
     return page
+
+
+def _to_reach(results: Results, before: str) -> str:
+    """What is aimed at, out of all sections, and beside it what the run before has measured."""
+    known = _measured_in(before)
+    day = re.search(r"^\| date \| (\S+) \|$", before, re.MULTILINE)
+    rows = [
+        (f"[{name}](#{name}): {what}", goal, value, known.get((name, what), ""))
+        for name, section in results.items()
+        for what, value, goal in map(_cells, section.only(Figure))
+        if goal
+    ]
+    if not rows:
+        return ""
+    head = ("", "to reach", "measured", f"the run before, {day[1]}" if day else "the run before")
+    return f"\n## to reach\n\n{_TO_REACH}\n\n{_as_markdown(head, rows)}"
+
+
+def _measured_in(page: str) -> dict[tuple[str, str], str]:
+    """What a page says was measured, by section and line."""
+    return {
+        (name, what): value
+        for name, section in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+        for what, value in re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]*\|$", section, re.MULTILINE)
+    }
 
 
 def _as_markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

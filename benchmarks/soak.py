@@ -368,9 +368,8 @@ def _connections(server: Server) -> int:
         return int(row[0]) if row else 0
 
 
-def kept_section() -> str:
-    """The soaks recorded so far, which whoever writes the page anew has to keep."""
-    page = FIGURES.read_text(encoding="utf-8") if FIGURES.exists() else ""
+def kept_section(page: str) -> str:
+    """The soaks recorded on *page*, which whoever writes it anew has to keep."""
     return HEADING + page.partition(HEADING)[2] if HEADING in page else ""
 
 

@@ -20,7 +20,7 @@ from sqlalchemy.engine import URL
 
 from benchmarks import __main__ as command
 from benchmarks.load import Case, compare, sampled
-from benchmarks.measure import Figure, MissingError, Picture, Result, Skipped, Table
+from benchmarks.measure import Figure, Goal, MissingError, Picture, Result, Skipped, Spread, Table
 from benchmarks.pictures import throughput
 from benchmarks.report import Section, as_page, write
 from benchmarks.rivals import FEW_ENGINES, KEPT, NULL_POOL, PER_OPERATION, REPO, RIVALS, TENANCY_ON_PSYCOPG, Rival
@@ -126,6 +126,26 @@ def test_the_page_has_its_pictures_beside_it(results: list[Result], tmp_path: Pa
     assert b"<text" not in drawn["figures/load-connections.svg"]
     write(as_page(section, {}), section, page)
     assert contents(tmp_path) == drawn
+
+
+def test_what_is_aimed_at_stands_beside_the_run_before() -> None:
+    """The page begins with it, out of all sections; a line that is new, or aims at nothing, has none."""
+
+    def page(before: str, date: str, **times: float) -> str:
+        lines = [Figure(what, Spread.exactly(time), "x", Goal("≤", 1)) for what, time in times.items()]
+        return as_page({"some": Section("", [*lines, Figure("other", Spread.exactly(7), "x")])}, {"date": date}, before)
+
+    second = page(page("", "2026-11-28", old=0.9), "2026-11-29", old=1.1, new=0.5)
+    head, _, _ = second.partition("## some")
+    assert head.endswith(
+        """
+| | to reach | measured | the run before, 2026-11-28 |
+|---|---|---|---|
+| [some](#some): old | ≤ 1, missed | 1.10 x [1.10, 1.10] | 0.90 x [0.90, 0.90] |
+| [some](#some): new | ≤ 1 | 0.50 x [0.50, 0.50] |  |
+
+"""
+    )
 
 
 def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
