@@ -23,11 +23,12 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 demo: $(VENV)/demo.installed
 	$(BIN)/python -m shardrepo demo $(ARGS)
 
-test: $(VENV)/test.installed
+# Those whom the benchmarks compare with are tested too: each has to find its own rows.
+test: $(VENV)/test.installed $(VENV)/bench.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Also what takes minutes: a hundred thousand operations, hundreds of databases.
-test-all: $(VENV)/test.installed
+test-all: $(VENV)/test.installed $(VENV)/bench.installed
 	SHARDREPO_LONG=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Not the pages: the README lines up the comments of its examples.

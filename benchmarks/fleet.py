@@ -26,7 +26,7 @@ from psycopg.sql import SQL, Identifier
 
 from shardrepo.testing.servers import Server, start_servers
 
-from .ground import Ground, roomy_memory
+from .ground import Ground, room_for
 from .measure import Figure, Goal, MissingError, Skipped, Spread
 
 # The goals are for the last of the sizes, with which the loop takes turns.
@@ -97,7 +97,7 @@ TABLE: Final = (
 
 def run(_: Ground) -> Iterator[Figure | Skipped]:
     largest = _LARGE if _LONG else _SIZES[-1]
-    with start_servers(3, directory=roomy_memory(largest + _LOOP + _MADE)) as servers:
+    with start_servers(3, directory=room_for(largest + _LOOP + _MADE)) as servers:
         # Beside the servers' files, which are removed even when this process is killed.
         project = _Project(servers.directory / "project", servers)
         fleet = {size: project.measured(size) for size in _SIZES[:-1]}

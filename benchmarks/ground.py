@@ -16,7 +16,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool
 
 from shardrepo import Repo
-from shardrepo.testing.servers import Server, ServerStartError, start_servers
+from shardrepo.testing.servers import Server, ServerStartError, roomy_memory, start_servers
 
 from .measure import MissingError
 
@@ -60,9 +60,7 @@ class Ground:
         Raises:
             MissingError: The disk has no room for them.
         """
-        needed, free = count * _DATABASE_BYTES, shutil.disk_usage(self._directory).free
-        if free < needed:
-            raise MissingError(f"disk: {count} databases may take {needed >> 20} MB, {free >> 20} MB are free")
+        check_room(count, self._directory)
         names = [f"bench{next(self._numbers):05d}" for _ in range(count)]
         self.server.create_databases(names, template=TEMPLATE)
         try:
@@ -95,18 +93,23 @@ class Ground:
         return self.server.url(database)
 
 
-def roomy_memory(databases: int) -> Path | None:
+def room_for(databases: int) -> Path | None:
     """Where many databases are made fastest: the file system in memory, if it has room for them; None for a disk.
 
     Raises:
         MissingError: Neither has.
     """
-    needed, memory = databases * _DATABASE_BYTES, Path("/dev/shm")
-    if memory.is_dir() and shutil.disk_usage(memory).free > needed:
-        return memory
-    if (free := shutil.disk_usage(tempfile.gettempdir()).free) < needed:
+    memory = roomy_memory(databases, servers=3)
+    if memory is None:
+        check_room(databases, Path(tempfile.gettempdir()))
+    return memory
+
+
+def check_room(databases: int, directory: Path) -> None:
+    """Raise `MissingError` if so many databases have no room in *directory*."""
+    needed, free = databases * _DATABASE_BYTES, shutil.disk_usage(directory).free
+    if free < needed:
         raise MissingError(f"disk: {databases} databases may take {needed >> 20} MB, {free >> 20} MB are free")
-    return None
 
 
 @contextmanager

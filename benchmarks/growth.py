@@ -21,7 +21,7 @@ from shardrepo.entries import Entry
 from shardrepo.ledger import Ledger
 
 from . import ground as grounds
-from .ground import TEMPLATE, Ground, roomy_memory
+from .ground import TEMPLATE, Ground, room_for
 from .measure import Figure, MissingError, Result, Spread, Table, Timings, interleave
 from .visitor import STATM
 
@@ -63,7 +63,7 @@ def run(_: Ground) -> Iterator[Result]:
         raise MissingError(f"{STATM}: how much memory a process has is read from there")
     names = [f"real{number:05d}" for number in range(REAL[-1])]
     # A server of its own, which goes with all of them: to drop one after the other takes longer than the rest.
-    with grounds.ground(directory=roomy_memory(REAL[-1])) as ground, ExitStack() as stack:
+    with grounds.ground(directory=room_for(REAL[-1])) as ground, ExitStack() as stack:
         ground.server.create_databases(names, template=TEMPLATE)
         url = ground.url(names[0])
         memory, processes = {}, {}

@@ -42,7 +42,7 @@ from shardrepo.demo.sampler import Sampler
 from shardrepo.demo.worker import Message, Preparation, Rested, Worker
 from shardrepo.testing.servers import ServerStartError, start_servers
 
-from .ground import Ground, roomy_memory
+from .ground import Ground, room_for
 from .measure import Figure, Goal, MissingError, Picture, Result, Skipped, Spread, Table
 from .pictures import COLOURS, connections, throughput
 from .rivals import FEW_ENGINES, KEPT, REPO, RIVALS, TENANCY_ON_PSYCOPG, Rival
@@ -130,7 +130,7 @@ def _missing(cases: Mapping[Case, Sequence[Rival]]) -> Iterator[tuple[Rival, str
 def _servers(databases: int) -> Iterator[tuple[list[URL], list[URL]]]:
     """A door to each of the servers, and as many databases over them."""
     try:
-        servers = start_servers(SERVERS, directory=roomy_memory(databases))
+        servers = start_servers(SERVERS, directory=room_for(databases))
     except ServerStartError as error:
         raise MissingError(f"servers: {error}") from error
     with servers:

@@ -31,7 +31,7 @@ from shardrepo.demo.load import Load, Plan
 from shardrepo.event import Event
 from shardrepo.testing.servers import start_servers
 
-from .ground import roomy_memory
+from .ground import room_for
 
 FLEETS: Final = (60, 600)
 SEEDS: Final = (1, 2, 3)
@@ -203,7 +203,7 @@ def _packed(loans: Sequence[_Loan], names: Sequence[str]) -> dict[str, list[int]
 
 def main() -> None:
     kept = {}
-    with start_servers(_SERVERS, directory=roomy_memory(max(FLEETS))) as servers:
+    with start_servers(_SERVERS, directory=room_for(max(FLEETS))) as servers:
         urls = create(servers, max(FLEETS), lambda _: None)
         for databases in FLEETS:
             for seed in SEEDS:

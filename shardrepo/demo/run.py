@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Final
 
 from sqlalchemy.engine import URL
 
-from ..testing.servers import start_servers
+from ..testing.servers import roomy_memory, start_servers
 from .drivers import Way
 from .fleet import audit, create
 from .load import Plan
@@ -29,17 +28,12 @@ WAYS: Final[tuple[Way, ...]] = ("repo", "by hand")
 # Seconds after the end of a load until its connections are counted at rest.
 _SETTLE: Final = 0.5
 
-# Where Linux has a file system in memory; the bytes of a database of PostgreSQL 18 in it, and what a server
-# takes beside those, as so many databases.
-_MEMORY: Final = Path("/dev/shm")  # noqa: S108  # a folder with a random name is made in it
-_DATABASE_SIZE: Final = 8 << 20
-_OWN_DATABASES: Final = 10
-
 
 def run(settings: Settings, show: Show) -> Report:
     """Start the servers, run both loads, draw them, stop the servers. Leaves the picture behind, nothing else."""
     show.say(f"Starting {settings.servers} PostgreSQL servers")
-    with start_servers(settings.servers, directory=roomy_memory(settings)) as servers:
+    memory = roomy_memory(settings.databases, servers=settings.servers)
+    with start_servers(settings.servers, directory=memory) as servers:
         with show.building(settings.databases) as progress:
             urls = create(servers, settings.databases, progress)
         doors = [server.url() for server in servers]
@@ -80,18 +74,6 @@ def _audited(urls: Sequence[URL], inserted: Mapping[str, int]) -> Audit:
         strays += found
         lost[name] -= added
     return Audit(strays, sum((+lost).values()))
-
-
-def roomy_memory(settings: Settings) -> Path | None:
-    """The file system in memory if the databases fill no more than half of it and of what is free; else None.
-
-    On a disk, cloning 600 databases takes 2 to 4 times as long, and removing them 8 times.
-    """
-    needed = (settings.databases + _OWN_DATABASES * settings.servers) * _DATABASE_SIZE
-    if not os.access(_MEMORY, os.W_OK):
-        return None
-    free = min(shutil.disk_usage(_MEMORY).free, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return _MEMORY if needed < free / 2 else None
 
 
 def _folder() -> Path:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,6 +39,7 @@ __all__ = [
     "Servers",
     "Statement",
     "count_statements",
+    "roomy_memory",
     "start_servers",
 ]
 
@@ -46,6 +49,12 @@ _START_ATTEMPTS = 10
 # Below the range from which Linux (32768 up) and macOS (49152 up) number outgoing connections: while a
 # server is stopped nobody else gets its port by chance, nor does a client that dials it reach itself.
 _PORTS = range(15_000, 32_000)
+
+# Where Linux has a file system in memory; the bytes of a database of PostgreSQL 18, and what a server takes beside
+# those, as so many databases.
+_MEMORY = Path("/dev/shm")  # noqa: S108  # a folder with a random name is made in it
+_DATABASE_BYTES = 8 << 20
+_OWN_DATABASES = 10
 
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
@@ -91,8 +100,7 @@ def start_servers(
             log costs each statement a write.
         directory: Where the temporary folder is made, the system's folder for such things without it. The
             user that the servers run as when we are root (`postgres`, else `nobody`) must be able to reach
-            it. Where memory is plenty, /dev/shm makes 600 databases 2 to 4 times as fast and removes them
-            8 times as fast as a disk does; a database takes 8 MB.
+            it. Where there is plenty of it, memory is faster than a disk: `roomy_memory`.
 
     Raises:
         ServerStartError: No PostgreSQL was found, or it did not start.
@@ -107,6 +115,20 @@ def start_servers(
         servers.stop()
         raise
     return servers
+
+
+def roomy_memory(databases: int, *, servers: int = 1) -> Path | None:
+    """The file system in memory, as *directory* of `start_servers`; None where there is none, or it has no room.
+
+    It has room if the databases, of 8 MB each, and what the servers take themselves fill no more than half of it, and
+    of the memory that is available. Compared with a disk it makes 600 databases 2 to 4 times as fast, and removes them
+    8 times as fast.
+    """
+    if not os.access(_MEMORY, os.W_OK):
+        return None
+    (available,) = re.findall(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    free = min(shutil.disk_usage(_MEMORY).free, int(available) << 10)
+    return _MEMORY if (databases + _OWN_DATABASES * servers) * _DATABASE_BYTES < free / 2 else None
 
 
 class Servers(Sequence["Server"]):
