@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
@@ -256,6 +257,7 @@ def answer(pipe: Pipe) -> None:
 def data_directories(processes: list[psutil.Process]) -> Iterator[Path]:
     """Where the servers among them have their files."""
     for process in processes:
-        arguments = process.cmdline()
-        if "-D" in arguments:
-            yield Path(arguments[arguments.index("-D") + 1])
+        with suppress(psutil.NoSuchProcess):  # a server's own, one for each connection
+            arguments = process.cmdline()
+            if "-D" in arguments:
+                yield Path(arguments[arguments.index("-D") + 1])
