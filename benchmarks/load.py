@@ -17,9 +17,9 @@ All rivals meet in 60 and in 600 databases with 32 users, thinking and not. Othe
 tried in 600 databases, for the Repo and for who is nearest to it in that: all of it with all of them would take hours.
 Left out is a target of 5 for fastapi-tenancy, whose cache takes ten engines at least.
 
-Where others are better: psycopg_pool, which has raw SQL and maps no objects, does most where users do not think, with
-many times the connections. Engines that are kept do more than a Repo whose target is too small for its users, as 20 is
-for 64 of them.
+Where others are better: psycopg_pool, which has raw SQL and maps no objects, does most, with many times the
+connections: a little more than the Repo where users think, up to 2.4 times as much where they do not. Engines that are
+kept do as much as the Repo where users think, and more where its target is too small for them, as 20 is for 64.
 """
 
 from __future__ import annotations
@@ -225,10 +225,12 @@ def _of_the_repo(measured: Mapping[Case, Sequence[Measured]]) -> Iterator[Figure
     every = [load for loads in measured.values() for load in loads]
     if not every:
         return
-    samples = f"{REPO.name}: samples over, of all {sum(len(load.samples) for load in every):,}"
-    yield Figure(samples, Spread.exactly(sum(load.over or 0 for load in every)), "samples", Goal("≤", 0))
-    rows = f"{REPO.name}: wrong rows, of all {sum(load.load.rows for load in every):,}"
-    yield Figure(rows, Spread.exactly(sum(load.load.wrong for load in every)), "rows", Goal("≤", 0))
+    yield Figure(f"{REPO.name}: samples", Spread.exactly(sum(len(load.samples) for load in every)), "samples")
+    over = Spread.exactly(sum(load.over or 0 for load in every))
+    yield Figure(f"{REPO.name}: samples over", over, "samples", Goal("≤", 0))
+    yield Figure(f"{REPO.name}: rows checked", Spread.exactly(sum(load.load.rows for load in every)), "rows")
+    wrong = Spread.exactly(sum(load.load.wrong for load in every))
+    yield Figure(f"{REPO.name}: wrong rows", wrong, "rows", Goal("≤", 0))
 
 
 def _pictures(measured: Mapping[Case, Rounds], seconds: float) -> Iterator[Picture]:
