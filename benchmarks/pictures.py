@@ -67,7 +67,7 @@ def _draw_throughput(databases: int, cases: Mapping[str, Mapping[str, Point]]) -
     figure, panes = panels(f"What connections are good for, in {databases} databases", list(cases))
     for axes, points in zip(panes, cases.values(), strict=True):
         axes.set_xlabel("connections at peak, as the servers count them")
-        axes.set_xlim(0, max(count for count, _ in points.values()) * 1.1)
+        axes.set_xlim(0, max(count for count, _ in points.values()) * 1.2)
         axes.set_ylim(0, max(rate for _, rate in points.values()) * 1.15)
         for name, point in points.items():
             axes.plot(*point, "o", color=COLOURS[name], markersize=_SIZE, markeredgecolor="white")
