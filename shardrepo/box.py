@@ -55,7 +55,7 @@ class Box:
         self._turns: Counter[threading.Thread] = Counter()
         self._lent: set[Lent] = set()
         self._is_over = False
-        # The holder's: whether SQL of the users' own has run, of what it left nothing was undone yet.
+        # The holder's: whether SQL of the users' own has run, and what it may have left in the session is still there.
         self._is_untidy = False
 
     def lend(self, pool: LedgerPool) -> Lent:
