@@ -1,4 +1,4 @@
-"""`python -m benchmarks [name …] [--json] [--write]`: 40 minutes for all of them; or `soak`."""
+"""`python -m benchmarks [name …] [--json] [--write]`: half an hour for all of them; or `soak`."""
 
 from __future__ import annotations
 

@@ -150,11 +150,15 @@ class Box:
     def _holders(self) -> set[threading.Thread]:
         """The threads whose turn it is: not those that have ended, nor of those whose connections were collected."""
         lost = [lent.thread for lent in self._lent if lent.is_lost]
-        return {thread for thread, count in self._turns.items() if count > lost.count(thread) and thread.is_alive()}
+        return {
+            thread for thread, count in list(self._turns.items()) if count > lost.count(thread) and thread.is_alive()
+        }
 
     def _end_turn(self, thread: threading.Thread, lent: Lent | None = None) -> None:
         with self._changed:
             self._turns[thread] -= 1
+            if not self._turns[thread]:
+                del self._turns[thread]  # a sandbox may outlive many threads
             self._lent.discard(lent)
             self._changed.notify_all()
 

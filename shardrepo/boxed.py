@@ -113,13 +113,12 @@ class Outer:
         pgconn = self.real.pgconn
         return pgconn.transaction_status == _STATUS.ACTIVE or bool(pgconn.pipeline_status)
 
-    def send(self, sql: str = "") -> None:
+    def send(self, sql: str) -> None:
         """Send what was put off, and *sql*, on the connection, whatever time its borrower has left."""
-        if self._due or sql:
-            self.check_free()
-            # As long as a server may take to show that it is there.
-            self.real.limit(monotonic() + self._patience)
-            self.real.wait(self.exchange(sql))
+        self.check_free()
+        # As long as a server may take to show that it is there.
+        self.real.limit(monotonic() + self._patience)
+        self.real.wait(self.exchange(sql))
 
     def exchange(self, sql: str) -> Generator[Any, Any, None]:
         """Send what was put off, and *sql*, as one message, and hear what became of it.
@@ -127,8 +126,9 @@ class Outer:
         Raises:
             SandboxError: Somebody has ended the transaction, and begun another one, since.
         """
+        self.real.pgconn.send_query(self.with_due(sql).encode())
         try:
-            yield from _exchange(self.real.pgconn, self.with_due(sql))
+            yield from _answer(self.real.pgconn)
         except psycopg.errors.InvalidSavepointSpecification as error:
             self.was_ended()
             # What was put off has not come to pass, and what undoes a borrower's settings may be of it.
@@ -571,13 +571,8 @@ def _doing(cursor: psycopg.Cursor[Any], does: Doing) -> Iterator[None]:
         connection.does = "reading"
 
 
-def _exchange(pgconn: Any, sql: str) -> Generator[Any, Any, None]:
-    """Send several statements as one message, and hear what became of them."""
-    pgconn.send_query(sql.encode())
-    yield from _answer(pgconn)
-
-
 def _answer(pgconn: Any) -> Generator[Any, Any, None]:
+    """Hear what became of the statements of one message."""
     for result in (yield from generators.execute(pgconn)):
         if result.status == pq.ExecStatus.FATAL_ERROR:
             raise error_from_result(result)

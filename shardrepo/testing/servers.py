@@ -126,8 +126,8 @@ def roomy_memory(databases: int, *, servers: int = 1) -> Path | None:
     """
     if not os.access(_MEMORY, os.W_OK):
         return None
-    (available,) = re.findall(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    free = min(shutil.disk_usage(_MEMORY).free, int(available) << 10)
+    available = re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    free = min(shutil.disk_usage(_MEMORY).free, int(available[1]) << 10 if available else 0)
     return _MEMORY if (databases + _OWN_DATABASES * servers) * _DATABASE_BYTES < free / 2 else None
 
 

@@ -20,10 +20,17 @@ import psycopg
 import pytest
 
 import shardrepo
-from shardrepo.testing.servers import Server, Servers, ServerStartError, count_statements, start_servers
+from shardrepo.testing.servers import Server, Servers, ServerStartError, count_statements, roomy_memory, start_servers
 
 SYSTEM_BINARIES = Path("/usr/lib/postgresql/15/bin")
 SOURCES = Path(next(iter(shardrepo.__path__))).parent
+
+
+def test_memory_without_room_is_none() -> None:
+    """Whoever asks for more databases than fit is left to the disk; what is given for few can be written to."""
+    assert roomy_memory(10**9) is None
+    found = roomy_memory(1)
+    assert found is None or os.access(found, os.W_OK)
 
 
 @pytest.fixture(scope="module")
