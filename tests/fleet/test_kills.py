@@ -23,7 +23,7 @@ from shardrepo.fleet.journal import read
 
 from ..conftest import await_
 from .conftest import USERS, Project
-from .workers import workers
+from .workers import has_ended, workers
 
 NOTES = 'op.create_table("noted", sa.Column("revision", sa.Text()), sa.Column("database", sa.Text()))'
 NOTED = """op.execute("INSERT INTO noted (revision, database) VALUES ('0002', current_database())")"""
@@ -174,7 +174,7 @@ def test_a_runner_that_is_killed(gated: Project) -> None:
         orphans = workers(command.pid)
         command.kill()
         assert orphans
-    await_(lambda: not any(orphan.is_running() and orphan.status() != "zombie" for orphan in orphans))
+    await_(lambda: all(map(has_ended, orphans)))
     await_(lambda: sessions(gated, name) == 0)
     assert gated.revision(name) == ["0001"]
     done = gated.run("upgrade", "--resume", "last")

@@ -15,3 +15,11 @@ def workers(of: int | None = None) -> list[psutil.Process]:
             parent = child.parent()
             found += [child] if parent is not None and "forkserver" in " ".join(parent.cmdline()) else []
     return found
+
+
+def has_ended(worker: psutil.Process) -> bool:
+    """Whether it is gone, or would be if somebody waited for it."""
+    try:
+        return not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
